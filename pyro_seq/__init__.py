@@ -1,0 +1,34 @@
+"""Sequential latent variable models for Pyro: declare one step once, infer it in any way."""
+
+from pyro_seq.from_pyro import from_pyro
+from pyro_seq.guide import PriorGuide, SequentialGuide
+from pyro_seq.guides.avf import AmortizedVariationalFilter
+from pyro_seq.guides.recurrent import FilteringGuide, SmoothingGuide
+from pyro_seq.infer.compare import compare
+from pyro_seq.infer.elbo import SequentialELBO
+from pyro_seq.infer.kalman import KalmanFilter
+from pyro_seq.infer.particle_filter import ParticleFilter
+from pyro_seq.infer.posterior import Posterior
+from pyro_seq.infer.variational import Variational
+from pyro_seq.model import SequentialModel, StateSpaceModel
+from pyro_seq.sequences import Sequences
+
+__all__ = [
+    "AmortizedVariationalFilter",
+    "FilteringGuide",
+    "KalmanFilter",
+    "ParticleFilter",
+    "Posterior",
+    "PriorGuide",
+    "Sequences",
+    "SequentialELBO",
+    "SequentialGuide",
+    "SequentialModel",
+    "SmoothingGuide",
+    "StateSpaceModel",
+    "Variational",
+    "compare",
+    "from_pyro",
+]
+
+__version__ = "0.1.0"

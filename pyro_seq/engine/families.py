@@ -1,0 +1,220 @@
+"""Distributions as points of their own family: unconstrained parameters out, a distribution of the family back in.
+
+This is what lets a guide start at a model's prior and move away from it without knowing which distribution it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro.distributions import MaskedDistribution, TorchDistribution
+from torch import Tensor
+from torch.distributions import (
+    Distribution,
+    Independent,
+    TransformedDistribution,
+    biject_to,
+    constraints,
+)
+
+__all__ = ["Family", "concatenate", "expand_rows", "in_support"]
+
+# Of redundant arguments (probs and logits, three forms of a covariance) the one with the simplest unconstrained form.
+_DROPPED = {"logits": {"probs"}, "scale_tril": {"covariance_matrix", "precision_matrix"}}
+
+
+def _arguments(fn: Distribution) -> dict[str, Any]:
+    """The constructor arguments that describe ``fn``, each with its constraint."""
+    names = dict(type(fn).arg_constraints)
+    for kept, dropped in _DROPPED.items():
+        if kept in names:
+            names = {k: v for k, v in names.items() if k not in dropped}
+    return names
+
+
+class Family:
+    """The parametric family of a distribution and a chart of it by one flat real vector a row.
+
+    :param fn: a distribution with batch shape ``(rows,)``.
+    :param name: the site, for messages.
+    :raises ValueError: if the family has no such chart (its support moves with its parameters, or its arguments are
+        not tensors).
+
+    Example::
+
+        >>> import torch, pyro.distributions as dist
+        >>> prior = dist.Gamma(torch.tensor([2.0]), torch.tensor([1.0]))
+        >>> family = Family(prior, "z")
+        >>> family.width
+        2
+        >>> family.distribution(family.parameters(prior)).mean
+        tensor([2.])
+    """
+
+    def __init__(self, fn: Distribution, name: str):
+        self.name = name
+        self.kind = type(fn)
+        self.event = tuple(fn.event_shape)
+        if isinstance(fn, Independent):
+            self.inner: Family | None = Family(fn.base_dist, name)
+            self.reinterpreted = fn.reinterpreted_batch_ndims
+        elif isinstance(fn, MaskedDistribution):
+            raise ValueError(f"site {name!r}: a masked latent has no family to learn in; mask by the data instead")
+        elif isinstance(fn, TransformedDistribution) and not fn.arg_constraints:
+            self.inner = Family(fn.base_dist, name)
+            self.transforms = fn.transforms
+        else:
+            self.inner = None
+            self.arguments = _arguments(fn)
+            tensors = {a: getattr(fn, a, None) for a in self.arguments}
+            for argument, constraint in self.arguments.items():
+                if (constraint is constraints.dependent or getattr(constraint, "is_discrete", False)
+                        or not isinstance(tensors[argument], Tensor)):
+                    raise ValueError(
+                        f"site {name!r}: {self.kind.__name__} cannot be learned in its own family (argument "
+                        f"{argument!r} has no fixed range); use a family such as Normal, LogNormal, Gamma, Beta or "
+                        "Categorical for the latent, or write a SequentialGuide")
+            if not self.arguments:
+                raise ValueError(f"site {name!r}: {self.kind.__name__} has no parameters to learn; write a "
+                                 "SequentialGuide for it")
+            self.shapes = {a: tuple(v.shape[1:]) for a, v in tensors.items()}
+            self.width = sum(torch.Size(s).numel() for s in self.shapes.values())
+        if self.inner is not None:
+            self.width, self.shapes = self.inner.width, self.inner.shapes
+
+    def parameters(self, fn: Distribution) -> Tensor:
+        """``(rows, width)`` unconstrained parameters of ``fn``, a member of this family."""
+        if self.inner is not None:
+            return self.inner.parameters(fn.base_dist)
+        parts = []
+        for argument, constraint in self.arguments.items():
+            value = getattr(fn, argument)
+            parts.append(biject_to(constraint).inv(value).reshape(value.shape[0], -1))
+        return torch.cat(parts, -1)
+
+    def distribution(self, flat: Tensor) -> Distribution:
+        """The member of the family with the ``(rows, width)`` unconstrained parameters ``flat``."""
+        if self.inner is not None:
+            inner = self.inner.distribution(flat)
+            if issubclass(self.kind, Independent):
+                return self.kind(inner, self.reinterpreted)
+            return self.kind(inner, self.transforms)
+        rows, start, values = flat.shape[0], 0, {}
+        for argument, constraint in self.arguments.items():
+            size = torch.Size(self.shapes[argument]).numel()
+            part = flat[:, start:start + size].reshape(rows, *self.shapes[argument])
+            values[argument] = biject_to(constraint)(part)
+            start += size
+        return self.kind(**values)
+
+    def slices(self) -> dict[str, slice]:
+        """Where each argument lies in the flat vector."""
+        if self.inner is not None:
+            return self.inner.slices()
+        found, start = {}, 0
+        for argument in self.arguments:
+            size = torch.Size(self.shapes[argument]).numel()
+            found[argument] = slice(start, start + size)
+            start += size
+        return found
+
+    def log_scales(self) -> Tensor:
+        """``(width,)`` booleans: which entries are logarithms of positive arguments."""
+        if self.inner is not None:
+            return self.inner.log_scales()
+        out = torch.zeros(self.width, dtype=torch.bool)
+        for argument, where in self.slices().items():
+            out[where] = self.arguments[argument] in (constraints.positive, constraints.nonnegative)
+        return out
+
+    def unit(self, fn: Distribution) -> Tensor:
+        """``(rows, width)``: how far one unit of a guide's step moves each parameter.
+
+        Locations move in units of the scale and all else by one, so that a guide's steps do not depend on the units
+        of the data.
+        """
+        if self.inner is not None:
+            return self.inner.unit(fn.base_dist)
+        unit = torch.ones(fn.batch_shape[0], self.width, dtype=self._leaf(fn).dtype, device=self._leaf(fn).device)
+        slices = self.slices()
+        if "loc" in slices:
+            if "scale" in slices:
+                unit[:, slices["loc"]] = fn.scale.detach().reshape(unit.shape[0], -1)
+            elif "scale_tril" in slices:
+                unit[:, slices["loc"]] = fn.variance.detach().sqrt().reshape(unit.shape[0], -1)
+        return unit
+
+    def _leaf(self, fn: Distribution) -> Tensor:
+        return getattr(fn, next(iter(self.arguments)))
+
+    def same(self, fn: Distribution) -> bool:
+        """Whether ``fn`` can be a member: same kind, same event shape."""
+        return type(fn) is self.kind and tuple(fn.event_shape) == self.event
+
+
+def expand_rows(fn: Any, rows: int, name: str) -> Distribution:
+    """Give a distribution without batch dimension one of ``rows``, as a plate would; refuse any other batch shape."""
+    shape = tuple(getattr(fn, "batch_shape", (None,)))
+    if shape == (rows,):
+        return fn
+    if shape in ((), (1,)):
+        return fn.expand((rows,))
+    if shape == (None,):
+        raise TypeError(f"site {name!r}: {type(fn).__name__} is not a distribution")
+    raise ValueError(
+        f"site {name!r} has batch_shape {shape} and event_shape {tuple(fn.event_shape)}, but the step is run on "
+        f"({rows},) rows. If the other dimensions belong to one observation, add .to_event({max(len(shape) - 1, 1)})")
+
+
+def in_support(fn: Distribution) -> Tensor:
+    """A fixed value inside the support of ``fn``, of its full shape; it uses no random numbers."""
+    shape = fn.shape()
+    support = fn.support
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    if isinstance(fn, Independent):
+        base = fn
+        while isinstance(base, Independent):
+            base = base.base_dist
+        return in_support(base)
+    if fn.has_enumerate_support:
+        return fn.enumerate_support(expand=True)[0].detach()
+    if getattr(support, "is_discrete", False):
+        like = next(v for a in type(fn).arg_constraints if isinstance(v := getattr(fn, a, None), Tensor))
+        low = torch.as_tensor(getattr(support, "lower_bound", 0), dtype=like.dtype, device=like.device)
+        return low.expand(shape)
+    with torch.no_grad():
+        draw = biject_to(support)
+        parameter = fn
+        while not type(parameter).arg_constraints and hasattr(parameter, "base_dist"):
+            parameter = parameter.base_dist
+        like = next(v for a in type(parameter).arg_constraints if isinstance(v := getattr(parameter, a, None), Tensor))
+        return draw(torch.zeros(draw.inverse_shape(shape), dtype=like.dtype, device=like.device)).expand(shape)
+
+
+def concatenate(fns: list[Distribution]) -> Distribution | None:
+    """One distribution over the rows of several of the same family, or ``None`` if they cannot be joined."""
+    head = fns[0]
+    if len(fns) == 1:
+        return head
+    if any(type(fn) is not type(head) for fn in fns):
+        return None
+    if isinstance(head, Independent):
+        base = concatenate([fn.base_dist for fn in fns])
+        return None if base is None else type(head)(base, head.reinterpreted_batch_ndims)
+    if isinstance(head, TorchDistribution) and not type(head).arg_constraints:
+        return None
+    arguments = _arguments(head)
+    if not arguments:
+        return None
+    values = {}
+    for argument in arguments:
+        parts = [getattr(fn, argument, None) for fn in fns]
+        if not all(isinstance(p, Tensor) and p.dim() > 0 for p in parts):
+            return None
+        values[argument] = torch.cat(parts)
+    try:
+        return type(head)(**values)
+    except TypeError:
+        return None

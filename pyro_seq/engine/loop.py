@@ -1,0 +1,198 @@
+"""The weighted step, and the one forward loop over it.
+
+    h_1 .. h_N  carried states          draw    z ~ q(z | h, x_t)         the guide
+                                        weigh   log p(x_t, z | h) - log q(z | h, x_t)
+                                        between nothing, or resample
+
+Every forward method is this loop with its own guide and its own ``between``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_seq.engine.sites import Site, StepSites
+from pyro_seq.engine.state import State, check_state, leaves, map_state
+from pyro_seq.sequences import Frame, Sequences
+
+__all__ = ["Between", "Step", "forward", "propagate", "simulate", "weighted_step"]
+
+Between = Callable[[int, Tensor], tuple[Tensor | None, Tensor]]
+"""Called before step ``t >= 2`` with the log weights ``(n, N)`` of the running sequences; returns the ancestors
+``(n, N)`` (``None``: every particle is its own) and the log weights to go on with."""
+
+
+class Step(NamedTuple):
+    """What one step of the loop did, in packed order: ``n`` running sequences, ``N`` particles, ``n * N`` rows."""
+
+    frame: Frame
+    sites: dict[str, Site]
+    before: State
+    """The state the step started from."""
+    state: State
+    log_weights: Tensor | None
+    """``(n, N)`` accumulated since the last resampling; ``None`` when the loop only draws."""
+    increment: Tensor | None
+    """``(n, N)`` this step's contribution."""
+    ancestors: Tensor | None
+    """``(n, N)`` indices of the particles of the previous step, ``None`` when nothing was resampled."""
+    auxiliary: Tensor | None
+    """``(n * N,)`` a further objective of the guide's own, to be minimised, where it has one."""
+
+
+def weighted_step(model: Any, guide: Any, state: State, frame: Frame, prepared: Any
+                  ) -> tuple[dict[str, Site], State, Tensor]:
+    """Draw the latents from the guide, score the model's step: ``(sites, new state, (rows,) log weights)``."""
+    with StepSites(frame) as emitted:
+        proposal = guide.propose(state, frame, prepared, emitted)
+    with StepSites(frame, proposal, impute=model.missing_feeds_state) as step:
+        after = model.apply(state, frame)
+    if hasattr(proposal, "check_all_used"):
+        proposal.check_all_used()
+    check_step(model, step.sites, state, after, frame)
+    return step.sites, after, step_log_weight(step.sites, frame)
+
+
+def step_log_weight(sites: dict[str, Site], frame: Frame) -> Tensor:
+    """``(rows,)`` log p - log q of one step. A latent drawn from the model cancels."""
+    total: Tensor | None = None
+    for site in sites.values():
+        if site.q is None and not site.observed:
+            continue
+        term = site.log_p()
+        if site.q is not None:
+            term = term - site.log_q()
+        total = term if total is None else total + term
+    return torch.zeros(frame.rows, device=frame.device) if total is None else total
+
+
+def forward(model: Any, guide: Any, sequences: Sequences, num_particles: int = 1, between: Between | None = None,
+            score: bool = True) -> Iterator[Step]:
+    """The forward loop over a packed batch.
+
+    :param model: a declared model, entered.
+    :param guide: a sequential guide, entered.
+    :param between: what happens between steps; nothing when omitted.
+    :param score: compute weights; otherwise only draw the latents and advance the state, as cheaply as the model
+        allows.
+    """
+    model.check_inputs(sequences)
+    prepared = guide.prepare_rows(sequences)
+    packed = sequences.packed
+    state: State = None
+    log_weights: Tensor | None = None
+    count = 0
+    for frame in packed.frames(num_particles):
+        running = packed.counts[frame.t - 1]
+        ancestors, increment, auxiliary = None, None, None
+        if frame.first:
+            state = model.begin(frame)
+        else:
+            if leaves(state) and leaves(state)[0].shape[0] != frame.rows:
+                state = map_state(lambda leaf, rows=frame.rows: leaf[:rows], state)
+            if score:
+                log_weights = log_weights[:running]
+                if between is not None:
+                    ancestors, log_weights = between(frame.t, log_weights)
+                    if ancestors is not None:
+                        state = select(state, ancestors)
+        before = state
+        with checked_once(frame.first):
+            if score:
+                sites, state, increment = weighted_step(model, guide, state, frame, prepared)
+                increment = increment.reshape(running, num_particles)
+                log_weights = increment if log_weights is None else log_weights + increment
+            else:
+                sites, state, auxiliary, count = _draw_step(model, guide, state, frame, prepared, count)
+        yield Step(frame, sites, before, state, log_weights, increment, ancestors, auxiliary)
+
+
+def checked_once(first: bool) -> Any:
+    """The first step checks every argument of every distribution; the later ones run without, for speed."""
+    return nullcontext() if first else pyro.settings.context(validate_distributions_torch=False)
+
+
+def _draw_step(model: Any, guide: Any, state: State, frame: Frame, prepared: Any, count: int
+               ) -> tuple[dict[str, Site], State, Tensor | None, int]:
+    """Draw the latents and advance. A first step, or one with gaps that feed the state, runs whole.
+
+    ``count`` is the number of latents of a step, known once one has run whole.
+    """
+    with StepSites(frame) as emitted:
+        proposal = guide.propose(state, frame, prepared, emitted)
+    if frame.first or not model.can_advance() or (frame.missing and model.missing_feeds_state):
+        with StepSites(frame, proposal, impute=model.missing_feeds_state, detach=guide.greedy) as step:
+            after = model.apply(state, frame)
+        check_step(model, step.sites, state, after, frame)
+        count = len(step.latents)
+    else:
+        step, after = model.draw_latents(state, frame, proposal, count, guide.greedy)
+    if hasattr(proposal, "check_all_used"):
+        proposal.check_all_used()
+    return step.sites, after, getattr(proposal, "auxiliary", None), count
+
+
+def select(state: State, ancestors: Tensor) -> State:
+    """The rows of each sequence's ``(n, N)`` ancestors."""
+    n, particles = ancestors.shape
+    if n > 1:
+        ancestors = ancestors + torch.arange(n, device=ancestors.device)[:, None] * particles
+    flat = ancestors.reshape(-1)
+    return map_state(lambda leaf: leaf.index_select(0, flat), state)
+
+
+def check_step(model: Any, sites: dict[str, Site], before: State, after: State, frame: Frame) -> None:
+    """What a user can get wrong in a step, checked where it is cheap: at the first steps, and wherever values are
+    missing."""
+    name = type(model).__name__
+    if isinstance(frame.t, int) and frame.t <= 2 and not getattr(model, "state_grows", False):
+        check_state(after, frame.rows, f"the step of {name}", before)
+        if frame.x and not any(site.observed for site in sites.values()):
+            drawn = [n for n, site in sites.items() if not site.observed]
+            raise ValueError(f"{name} was given data {sorted(frame.x)} but observes none of it; its sites {drawn} are all "
+                             f"latent: pass obs= in pyro.sample, e.g. pyro.sample('x', ..., obs=x)")
+    if frame.missing and model.missing_feeds_state and any(
+            bool(leaf.isnan().any()) for leaf in leaves(after) if leaf.is_floating_point()):
+        raise ValueError(f"the state of {name} is NaN after a step with missing data: the recurrence read the data as "
+                         "given. Let it read the value that pyro.sample returns, x = pyro.sample('x', ..., obs=x), in "
+                         "which missing entries are drawn from the model")
+
+
+def propagate(model: Any, state: State, frames: Iterator[Frame]) -> Iterator[tuple[dict[str, Site], State]]:
+    """Run the model forward from ``state`` by its own distributions, drawing what is not observed."""
+    for frame in frames:
+        if frame.first:
+            state = model.begin(frame)
+        elif leaves(state) and leaves(state)[0].shape[0] != frame.rows:
+            state = map_state(lambda leaf, rows=frame.rows: leaf[:rows], state)
+        with StepSites(frame) as step:
+            state = model.apply(state, frame)
+        yield step.sites, state
+
+
+def simulate(model: Any, sequences: Sequences) -> dict[str, Tensor]:
+    """Every site of sequences drawn from the model, ``(B, T, ...)`` in the user's order, zero past their ends."""
+    model.check_inputs(sequences)
+    packed = sequences.packed
+    drawn: dict[str, list[Tensor]] = {}
+    for sites, _ in propagate(model, None, packed.frames()):
+        for name, site in sites.items():
+            drawn.setdefault(name, []).append(site.value)
+    return {name: pad_rows(values, packed.counts, packed) for name, values in drawn.items()}
+
+
+def pad_rows(values: list[Tensor], counts: list[int], packed: Any, num_particles: int = 1) -> Tensor:
+    """Per-step rows ``(n_t * N, ...)`` as ``(B, T, ...)``, or ``(B, T, N, ...)``, in the user's order."""
+    batch = counts[0]
+    event = values[0].shape[1:]
+    out = values[0].new_zeros(batch, len(values), num_particles, *event)
+    for t, (value, count) in enumerate(zip(values, counts, strict=True)):
+        out[:count, t] = value.reshape(count, num_particles, *event)
+    out = packed.unsort(out)
+    return out[:, :, 0] if num_particles == 1 else out

@@ -1,0 +1,139 @@
+"""Score a whole sequence in one call.
+
+The loop has drawn every latent and produced every state, so the model's step is run once more on the rows of all times
+together: one matrix product where a loop needs ``T`` small ones. This is exact for a step that is deterministic given
+its sites.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from pyro.distributions.util import scale_and_mask
+from torch import Tensor
+from torch.distributions import Distribution, kl_divergence
+
+from pyro_seq.engine.families import concatenate
+from pyro_seq.engine.loop import Step, checked_once
+from pyro_seq.engine.missing import score_entries
+from pyro_seq.engine.sites import Site, StepSites
+from pyro_seq.engine.state import join_states
+from pyro_seq.sequences import Packed
+
+__all__ = ["Term", "scores_in_one_call", "stepwise_terms", "terms"]
+
+_RANDOM_OR_BATCHED = (
+    torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._BatchNorm, torch.nn.RReLU)
+
+
+class Term(NamedTuple):
+    """One site over all running rows: steps one after the other, ``n_t * N`` rows each."""
+
+    name: str
+    observed: bool
+    log_p: Tensor
+    """``(rows,)``"""
+    log_q: Tensor | None
+    """``(rows,)``; ``None`` where the value was drawn from the model or observed."""
+    kl: Tensor | None
+    """``(rows,)`` analytic KL(q || p) at the drawn past, where asked for and known."""
+    score_function: Tensor | None
+    """``(rows,)`` log density of draws that carry no pathwise gradient; ``None`` where all do."""
+
+
+def scores_in_one_call(model: Any) -> bool:
+    """Whether the step is deterministic given its sites, as far as its modules tell."""
+    return not getattr(model, "state_grows", False) and not any(
+        isinstance(module, _RANDOM_OR_BATCHED) and module.training for module in model.modules())
+
+
+def terms(model: Any, packed: Packed, steps: list[Step], num_particles: int, analytic_kl: bool) -> list[Term]:
+    """The terms of the bound from a loop that only drew."""
+    found: dict[str, list[Term]] = {}
+    split = 1 if model.begin(steps[0].frame) is None else 0
+    for start, stop in ((0, split), (split, len(steps))):
+        if start == stop:
+            continue
+        part = steps[start:stop]
+        frame = packed.flat(start + 1, stop, num_particles)
+        values = {name: torch.cat([step.sites[name].value for step in part]) for name in part[0].sites
+                  if not part[0].sites[name].observed}
+        if model.missing_feeds_state:
+            values.update(_imputed(part))
+        with checked_once(start == 0), StepSites(frame, values=values) as scored:
+            model.apply(join_states([step.before for step in part]), frame)
+        _same_sites(set(part[-1].sites), scored.sites)
+        for name, site in scored.sites.items():
+            drawn = [] if site.observed else [step.sites[name] for step in part]
+            found.setdefault(name, []).append(_term(site, drawn, analytic_kl))
+    return [_join(parts) for parts in found.values()]
+
+
+def stepwise_terms(steps: list[Step], analytic_kl: bool) -> list[Term]:
+    """The same terms from a loop that scored each step."""
+    found: dict[str, list[Term]] = {}
+    for step in steps:
+        for name, site in step.sites.items():
+            found.setdefault(name, []).append(_term(site, [] if site.observed else [site], analytic_kl))
+    return [_join(parts) for parts in found.values()]
+
+
+def _term(scored: Site, drawn: list[Site], analytic_kl: bool) -> Term:
+    log_p = scored.log_p()
+    if scored.observed:
+        score = None
+        if scored.present is not None and not scored.p.has_rsample:
+            score = score_entries(scored.p, scored.value, ~scored.present, scored.name)
+        return Term(scored.name, True, log_p, None, None, score)
+    if drawn[0].q is None:
+        return Term(scored.name, False, log_p, None, None, None if scored.p.has_rsample else log_p)
+    q = concatenate([site.q for site in drawn])
+    log_q = torch.cat([site.log_q() for site in drawn]) if q is None else scored.log_q(q)
+    kl = None
+    if analytic_kl:
+        kl = None if q is None else _kl(q, scored.p)
+        kl = None if kl is None else scale_and_mask(kl, scored.scale, scored.mask)
+    return Term(scored.name, False, log_p, log_q, kl, None if drawn[0].q.has_rsample else log_q)
+
+
+def _kl(q: Distribution, p: Distribution) -> Tensor | None:
+    try:
+        return kl_divergence(q, p)
+    except NotImplementedError:
+        return None
+
+
+def _join(parts: list[Term]) -> Term:
+    head = parts[0]
+    if len(parts) == 1:
+        return head
+
+    def cat(field: str) -> Tensor | None:
+        values = [getattr(part, field) for part in parts]
+        if all(v is None for v in values):
+            return None
+        if field == "log_q":  # a latent drawn from the model at some steps
+            values = [part.log_p if part.log_q is None else part.log_q for part in parts]
+        if field == "score_function":
+            values = [torch.zeros_like(part.log_p) if v is None else v for part, v in zip(parts, values, strict=True)]
+        return None if any(v is None for v in values) else torch.cat(values)
+
+    return Term(head.name, head.observed, cat("log_p"), cat("log_q"), cat("kl"), cat("score_function"))
+
+
+def _imputed(steps: list[Step]) -> dict[str, Tensor]:
+    """Values drawn for missing entries. Steps without gaps did not run the emission and need none."""
+    drawn = {name: site.value for step in steps for name, site in step.sites.items() if site.present is not None}
+    return {name: torch.cat([
+        step.sites[name].value if name in step.sites else like.new_zeros(step.frame.rows, *like.shape[1:])
+        for step in steps]) for name, like in drawn.items()}
+
+
+def _same_sites(drawn: set[str], scored: dict[str, Site]) -> None:
+    missing = sorted(drawn - set(scored))
+    if missing:
+        raise ValueError(f"sites {missing} appear at some steps only: a step samples the same sites each time")
+    extra = sorted(n for n, site in scored.items() if not site.observed and n not in drawn)
+    if extra:
+        raise ValueError(f"latent sites {extra} appear at some steps only: a step samples the same sites each time")

@@ -1,0 +1,63 @@
+"""The carried state: a tensor, or a (named) tuple or dict of tensors, rows first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_state", "flatten_state", "join_states", "leaves", "map_state"]
+
+State = Any
+"""``None`` (before the first step of a state-space model), a tensor, or a nested tuple, list or dict of tensors."""
+
+
+def map_state(fn: Callable[..., Any], *states: State) -> State:
+    """Apply ``fn`` to corresponding tensors of states of the same structure."""
+    head = states[0]
+    if head is None:
+        return None
+    if isinstance(head, Tensor):
+        return fn(*states)
+    if isinstance(head, dict):
+        return {key: map_state(fn, *(s[key] for s in states)) for key in head}
+    if isinstance(head, tuple) and hasattr(head, "_fields"):
+        return type(head)(*(map_state(fn, *parts) for parts in zip(*states, strict=True)))
+    if isinstance(head, (tuple, list)):
+        return type(head)(map_state(fn, *parts) for parts in zip(*states, strict=True))
+    raise TypeError(f"a state is made of tensors in (named) tuples, lists or dicts, not {type(head).__name__}: wrap "
+                    "numbers with torch.full((rows,), value)")
+
+
+def leaves(state: State) -> list[Tensor]:
+    """The tensors of a state, in order."""
+    found: list[Tensor] = []
+    map_state(lambda leaf: found.append(leaf) or leaf, state)
+    return found
+
+
+def join_states(states: list[State]) -> State:
+    """Concatenate the rows of several states."""
+    return states[0] if len(states) == 1 else map_state(lambda *parts: torch.cat(parts), *states)
+
+
+def flatten_state(state: State, rows: int) -> Tensor | None:
+    """The floating entries of a state as one ``(rows, width)`` matrix, or ``None`` if it has none."""
+    floating = [leaf.reshape(rows, -1) for leaf in leaves(state) if leaf.is_floating_point()]
+    return torch.cat(floating, -1) if floating else None
+
+
+def check_state(state: State, rows: int, where: str, like: State = None) -> None:
+    """Raise unless every tensor has ``rows`` rows and, given ``like``, the shape it had one step before."""
+    found = leaves(state)
+    for leaf in found:
+        if leaf.dim() == 0 or leaf.shape[0] != rows:
+            raise ValueError(f"{where} returned a state of shape {tuple(leaf.shape)}, but {rows} rows are being run: "
+                             f"the first dimension of every state tensor is the rows, ({rows}, ...)")
+    if like is not None:
+        before = leaves(like)
+        if [tuple(v.shape[1:]) for v in found] != [tuple(v.shape[1:]) for v in before]:
+            raise ValueError(f"{where} changed the shape of the state from {[tuple(v.shape) for v in before]} to "
+                             f"{[tuple(v.shape) for v in found]}: a state keeps its structure and shapes")

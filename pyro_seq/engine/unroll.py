@@ -1,0 +1,94 @@
+"""A declared model, or a guide for one, as an ordinary Pyro program: one plate, one ``pyro.markov`` loop.
+
+This is the view that Pyro's own losses, MCMC, Predictive and handlers see. The engine's fast path is in ``loop.py``.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_seq.engine.sites import PyroSites
+from pyro_seq.engine.state import State, map_state
+from pyro_seq.sequences import Sequences
+
+__all__ = ["unroll"]
+
+
+def unroll(model: Any, sequences: Sequences, guide: Any = None, *, plate_size: int | None = None
+           ) -> Tensor | dict[str, Tensor]:
+    """Run every step of ``model`` (of ``guide``, if given) on the batch, in the user's order.
+
+    Finished sequences stay in the batch, since a Pyro site has one shape: they are masked, their latents take a fixed
+    value and their state stays what it was.
+    """
+    model.check_inputs(sequences)
+    batch, steps = sequences.num_sequences, sequences.num_steps
+    if plate_size is not None and plate_size < batch:
+        raise ValueError(f"plate_size={plate_size} is smaller than the batch of {batch} sequences: it is the number of "
+                         "sequences in the whole data set")
+    prepared = guide.prepare_rows(sequences) if guide is not None else None
+    plate = nullcontext() if model.state_grows else (pyro.plate("sequences", batch, dim=-1) if plate_size is None else pyro.plate(
+        "sequences", plate_size, dim=-1, subsample=torch.arange(batch, device=sequences.device)))
+    history = steps if model.markov_history is None else model.markov_history
+    values: dict[str, list[Tensor]] = {}
+    with plate:
+        frame = sequences.frame(1)
+        state = model.begin(frame)
+        ranks = map_state(lambda leaf: leaf.dim() - 1, state)
+        for t in pyro.markov(range(1, steps + 1), history=history):
+            frame = sequences.frame(t)
+            running = sequences.active[:, t - 1]
+            running = None if t == 1 or bool(running.all()) else running
+
+            def rename(name: str, t: int = t) -> str:
+                return model.site_name(name, t)
+
+            options: dict[str, Any] = {"impute": model.missing_feeds_state}
+            if guide is not None:
+                with PyroSites(rename, frame, running) as emitted:
+                    options["proposal"] = guide.propose(state, frame, prepared, emitted)
+            with PyroSites(rename, frame, running, **options) as sites:
+                try:
+                    after = model.apply(state, frame)
+                    if hasattr(sites.proposal, "check_all_used"):
+                        sites.proposal.check_all_used()
+                except RuntimeError as error:
+                    if len(_left_plates()) == 0:
+                        raise
+                    raise ValueError(
+                        f"{type(model).__name__} could not run step {t} inside the outer plate(s) {_left_plates()}: "
+                        "its step does not broadcast over dimensions left of the rows. Use "
+                        "SequentialELBO(num_particles=) for several particles") from error
+            state = _keep(running, after, state, ranks)
+            for name, value in (sites.observed or {k: v for k, (_, v) in sites.drawn.items()}).items():
+                values.setdefault(name, []).append(value)
+    if guide is not None:
+        return {}
+    stacked = {name: torch.stack(parts, dim=parts[0].dim() - _event_dim(parts[0], batch))
+               for name, parts in values.items()}
+    return next(iter(stacked.values())) if len(stacked) == 1 else stacked
+
+
+def _event_dim(value: Tensor, batch: int) -> int:
+    return value.dim() - 1 if value.shape and value.shape[0] == batch else 0
+
+
+def _keep(running: Tensor | None, after: State, before: State, ranks: State) -> State:
+    """The state of finished rows stays what it was."""
+    if running is None or ranks is None or ranks == {}:
+        return after
+    return map_state(lambda new, old, rank: torch.where(running.reshape(-1, *(1,) * rank), new, old),
+                     after, before, ranks)
+
+
+def _left_plates() -> list[str]:
+    """Plates around this program other than its own."""
+    with pyro.poutine.trace() as tr:
+        pyro.sample("_probe", pyro.distributions.Normal(0.0, 1.0), obs=torch.zeros(()), infer={"_probe": True})
+    stack = tr.trace.nodes["_probe"]["cond_indep_stack"]
+    return [frame.name for frame in stack if frame.name != "sequences"]

@@ -1,0 +1,142 @@
+"""What the learned guides share: unit-sized inputs, and a head that moves each latent away from its prior."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from pyro_seq.engine.state import State, flatten_state
+from pyro_seq.guide import SequentialGuide
+from pyro_seq.guides.probe import Moments, flat_frame, probe
+from pyro_seq.sequences import Frame, Sequences
+
+__all__ = ["Head", "NetworkGuide", "Standardise"]
+
+
+class Standardise(nn.Module):
+    """``(v - center) / spread``, with zero where ``v`` is missing; the moments are saved with the guide."""
+
+    def __init__(self, moments: Moments):
+        super().__init__()
+        self.register_buffer("center", moments.center.clone())
+        self.register_buffer("spread", moments.spread.clone())
+
+    def forward(self, value: Tensor) -> Tensor:
+        return (value - self.center) / self.spread
+
+
+class Head(nn.Module):
+    """A one-hidden-layer network beside a linear map, both from zero: ``(rows, inputs) -> (rows, outputs)``."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int):
+        super().__init__()
+        self.hidden = hidden
+        self.inputs = nn.Linear(inputs, hidden + outputs)
+        self.output = nn.Linear(hidden, outputs)
+        with torch.no_grad():
+            self.inputs.weight[hidden:].zero_()
+            self.inputs.bias[hidden:].zero_()
+            self.output.weight.zero_()
+            self.output.bias.zero_()
+
+    def forward(self, *features: Tensor) -> Tensor:
+        both = self.inputs(torch.cat(features, -1) if len(features) > 1 else features[0])
+        return both[..., self.hidden:] + self.output(nn.functional.elu(both[..., :self.hidden]))
+
+
+class NetworkGuide(SequentialGuide):
+    """A guide whose proposals come from networks built for the model's latent sites.
+
+    The networks see everything in units of its spread, and a location moves in units of the prior's scale, so that the
+    units of the data do not matter.
+
+    :param like: data whose shapes and units the guide will meet; simulated from the model when omitted (models with
+        covariates need it).
+    :param encoder: a module from one frame ``(rows, ...)`` to features ``(rows, width)``, for images and the like; the
+        flattened frame by default.
+    """
+
+    def __init__(self, model: Any, *, like: Any = None, encoder: nn.Module | None = None, global_guide: Any = None,
+                 name: str | None = None):
+        super().__init__(model, global_guide=global_guide, name=name)
+        found = probe(model, like)
+        self.families = found.families
+        self.dtype = found.dtype
+        self.frame_units = Standardise(found.frame)
+        self.state_units = None if found.state is None else Standardise(found.state)
+        self.parameter_units = nn.ModuleDict({k: Standardise(v) for k, v in found.parameters.items()})
+        self.encoder = encoder
+        self.state_width = 0 if found.state is None else len(found.state.center)
+        self.frame_width = len(found.frame.center) + 1
+        if encoder is not None:
+            encoder.to(found.dtype)
+            data, = _one(like, model)
+            with torch.no_grad():
+                self.frame_width = encoder(data.to(found.dtype)).shape[-1] + 1
+        self._place = (found.device, found.dtype)
+
+    def _finish(self) -> None:
+        """Give the networks the model's device and dtype; called when they are all built."""
+        self.to(*self._place)
+
+    def frame_features(self, frame: Frame) -> Tensor:
+        """``(rows, frame_width)``: the frame in unit size, zero where missing, and the share that is observed."""
+        flat = flat_frame(frame.x, frame.covariates, frame.rows).to(self.dtype)
+        if frame.missing:
+            present = ~flat.isnan()
+            share = present.to(self.dtype).mean(-1, keepdim=True)
+        else:
+            present, share = None, flat.new_ones(frame.rows, 1)
+        if self.encoder is not None:
+            value = next(iter(frame.x.values())).to(self.dtype)
+            features = self.encoder(value.nan_to_num() if frame.missing else value)
+        else:
+            features = self.frame_units(flat)
+            features = features if present is None else torch.where(present, features, 0.0)
+        return torch.cat([features, share], -1)
+
+    def state_features(self, state: State, rows: int) -> Tensor | None:
+        """``(rows, state_width)`` in unit size; zero before the first step of a state-space model."""
+        if self.state_units is None:
+            return None
+        state = self.model.read_state(state)
+        if state is None:
+            return self.state_units.center.new_zeros(rows, self.state_width)
+        return self.state_units(flatten_state(state, rows))
+
+    def all_frames(self, sequences: Sequences) -> Tensor:
+        """``(B, T, frame_width)``: the features of every frame of the batch."""
+        batch, steps = sequences.num_sequences, sequences.num_steps
+        rows = batch * steps
+        flat = sequences.frame(1)._replace(
+            rows=rows, x={k: v[:, :steps].flatten(0, 1) for k, v in sequences.x.items()},
+            covariates={k: v[:, :steps].flatten(0, 1) for k, v in sequences.covariates.items()})
+        self._check_width(flat)
+        return self.frame_features(flat).reshape(batch, steps, -1)
+
+    def _check_width(self, frame: Frame) -> None:
+        width = flat_frame(frame.x, frame.covariates, frame.rows).shape[-1]
+        if width != len(self.frame_units.center):
+            raise ValueError(f"{type(self).__name__} was built for frames of {len(self.frame_units.center)} numbers (data "
+                             f"and covariates) and is given {width}: build it with like= such data")
+
+    def family(self, name: str, prior: Distribution) -> Any:
+        """The family of a latent site, checked against the prior it has now."""
+        family = self.families.get(name)
+        if family is None:
+            raise ValueError(f"the model samples the latent site {name!r}, which it did not when this guide was built "
+                             f"(sites {sorted(self.families)}). If {name!r} is data, the model forgot obs={name}")
+        if not family.same(prior):
+            raise ValueError(f"site {name!r} is {type(prior).__name__} with event_shape {tuple(prior.event_shape)}; the "
+                             f"guide was built for {family.kind.__name__} with {family.event}")
+        return family
+
+
+def _one(like: Any, model: Any) -> tuple[Tensor]:
+    if like is None:
+        raise ValueError("encoder= needs like=, some data, to size the networks")
+    sequences = Sequences.of(like)
+    return (next(iter(sequences.x.values()))[:1, 0].nan_to_num(),)

@@ -1,0 +1,131 @@
+"""Filtering and smoothing networks: recurrent encodings of the data, combined with the state at each step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from pyro_seq.engine.sites import Proposal
+from pyro_seq.engine.state import State
+from pyro_seq.guide import at_frame
+from pyro_seq.guides.network import Head, NetworkGuide
+from pyro_seq.sequences import Frame, Sequences
+
+__all__ = ["FilteringGuide", "SmoothingGuide"]
+
+_CELLS = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}
+
+
+class FilteringGuide(NetworkGuide):
+    r"""A direct filtering network :math:`q(z_t \mid h_{t-1}, x_{\le t})`, in the family of each latent's prior.
+
+    A recurrent network encodes the data up to time t; a network combines the encoding with the model's state. With
+    ``residual`` (the default) the result is a gated step away from the prior, which the network also reads.
+
+    :param model: the declared model.
+    :param like: data whose shapes and units the guide will meet; simulated from the model when omitted.
+    :param int hidden: units of the recurrent encoder and of the combining network.
+    :param str cell: ``"gru"``, ``"lstm"``, ``"rnn"``, or ``None`` to read the current frame alone.
+    :param bool residual: move away from the prior, instead of predicting the parameters outright.
+    :param encoder: a module from one frame ``(rows, ...)`` to features ``(rows, width)``.
+    :param global_guide: a guide for the model's global parameters.
+
+    Source: Krishnan, Shalit and Sontag, *Structured Inference Networks for Nonlinear State Space Models*, 2017 (ST-L);
+    the residual: Fraccaro et al., *Sequential Neural Models with Stochastic Layers*, 2016.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> import pyro_seq as seq
+        >>> class Counts(seq.StateSpaceModel):
+        ...     def initial(self):
+        ...         return pyro.sample("rate", dist.Gamma(2.0, 1.0))
+        ...     def transition(self, rate):
+        ...         return pyro.sample("rate", dist.Gamma(10.0, 10.0 / rate))
+        ...     def emission(self, rate, x=None):
+        ...         return pyro.sample("x", dist.Poisson(rate), obs=x)
+        >>> guide = seq.FilteringGuide(Counts(), hidden=16)
+        >>> pyro.poutine.trace(guide).get_trace(torch.ones(4, 3)).nodes["rate_3"]["fn"]
+        Gamma(concentration: torch.Size([4]), rate: torch.Size([4]))
+    """
+
+    bidirectional = False
+
+    def __init__(self, model: Any, *, like: Any = None, hidden: int = 64, cell: str | None = "gru",
+                 residual: bool = True, encoder: nn.Module | None = None, global_guide: Any = None,
+                 name: str | None = None):
+        super().__init__(model, like=like, encoder=encoder, global_guide=global_guide, name=name)
+        if cell is not None and cell not in _CELLS:
+            raise ValueError(f"cell={cell!r}; it is one of {sorted(_CELLS)}, or None to read the current frame alone")
+        self.residual = residual
+        self.rnn = None if cell is None else _CELLS[cell](
+            self.frame_width, hidden, batch_first=True, bidirectional=self.bidirectional)
+        # The current frame goes round the recurrence as well, so that a linear filter is exactly in reach.
+        encoded = self.frame_width + (0 if cell is None else hidden * (2 if self.bidirectional else 1))
+        self.heads = nn.ModuleDict({
+            site: Head(encoded + self.state_width + (family.width if residual else 0), hidden,
+                       family.width * (2 if residual else 1))
+            for site, family in self.families.items()})
+        self._finish()
+
+    def prepare_rows(self, sequences: Sequences) -> Tensor:
+        """``(B, T, encoded)``: each frame and the recurrent encoding up to it."""
+        frames = self.all_frames(sequences)
+        return frames if self.rnn is None else torch.cat([frames, self._encode(frames, sequences.lengths)], -1)
+
+    def _encode(self, frames: Tensor, lengths: Tensor) -> Tensor:
+        return self.rnn(frames)[0]
+
+    def propose(self, state: State, frame: Frame, prepared: Tensor, emitted: Any = None) -> Proposal:
+        features = [at_frame(prepared, frame)]
+        state_features = self.state_features(state, frame.rows)
+        if state_features is not None:
+            features.append(state_features)
+        together = torch.cat(features, -1)
+
+        def proposal(name: str, prior: Distribution) -> tuple[Distribution, None]:
+            family = self.family(name, prior)
+            units = self.parameter_units[name]
+            if not self.residual:
+                return family.distribution(units.center + units.spread * self.heads[name](together)), None
+            start = family.parameters(prior)
+            step, gate = self.heads[name](together, units(start)).chunk(2, -1)
+            return family.distribution(start + family.unit(prior) * torch.sigmoid(gate) * step), None
+
+        return proposal
+
+
+class SmoothingGuide(FilteringGuide):
+    r"""A smoothing network :math:`q(z_t \mid h_{t-1}, x_{1:T})`: the encoder reads both ways.
+
+    Parameters as for :class:`FilteringGuide`. With the future in view the bound can become tight; a smoothing guide is
+    no proposal for filtering on line.
+
+    Source: Krishnan, Shalit and Sontag, *Structured Inference Networks for Nonlinear State Space Models*, 2017 (ST-LR).
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> import pyro_seq as seq
+        >>> class LocalLevel(seq.StateSpaceModel):
+        ...     def initial(self):
+        ...         return pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     def transition(self, z):
+        ...         return pyro.sample("z", dist.Normal(z, 0.1))
+        ...     def emission(self, z, x=None):
+        ...         return pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> guide = seq.SmoothingGuide(LocalLevel())
+        >>> list(guide(torch.zeros(2, 5)))
+        []
+    """
+
+    bidirectional = True
+
+    def _encode(self, frames: Tensor, lengths: Tensor) -> Tensor:
+        # Packed, so that the backward pass starts at each sequence's own end.
+        packed = pack_padded_sequence(frames, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        return pad_packed_sequence(self.rnn(packed)[0], batch_first=True, total_length=frames.shape[1])[0]

@@ -1,0 +1,244 @@
+"""Is the declared step linear and Gaussian? Look, and if so return its matrices.
+
+One step is run on many rows at once: at zero, along each coordinate of (state, latents, data), and at random points of
+several scales. If the means of all sites and the next state are affine at all of them, and the covariances constant,
+the step is taken to be linear-Gaussian, *at the points tested*: no finite number of points proves it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
+from torch.distributions.lowrank_multivariate_normal import LowRankMultivariateNormal
+
+from pyro_seq.engine.sites import StepSites
+from pyro_seq.engine.state import State, leaves, map_state
+from pyro_seq.module import accepted
+from pyro_seq.sequences import Frame, Sequences
+
+__all__ = ["LinearStep", "linearise"]
+
+SCALES = (1e-3, 1.0, 30.0, 1e3, 1e6)
+_POINTS = 6
+
+
+class LinearStep(NamedTuple):
+    """One step as a joint Gaussian of ``u = (state, latents, data)`` and an affine map to the next state.
+
+    Each tensor has leading dimensions ``(T,)`` and ``(B,)``, of size one where nothing varies.
+    """
+
+    state_width: int
+    latents: dict[str, tuple[slice, torch.Size]]
+    """Where each latent site lies in ``u``, and its event shape."""
+    observed: slice
+    carry: Tensor
+    """``(..., D, S)``: mean of u = carry @ mean of state + drift."""
+    drift: Tensor
+    """``(..., D)``"""
+    noise: Tensor
+    """``(..., D, D)``: covariance of u given the state."""
+    next_matrix: Tensor
+    """``(..., S', D)``: next state = next_matrix @ u + next_offset."""
+    next_offset: Tensor
+    """``(..., S')``"""
+    template: State
+    """One row of the next state, for its structure."""
+
+
+def linearise(model: Any, sequences: Sequences, check: bool = True) -> tuple[LinearStep, LinearStep | None]:
+    """Matrices of the first step and of the later ones, in float64.
+
+    :param check: test linearity; otherwise the user's word is taken and the matrices are those at zero.
+    :raises ValueError: naming the site that is not Gaussian, or not linear.
+    """
+    first = _Probe(model, sequences, None, check).matrices()
+    if sequences.num_steps == 1:
+        return first, None
+    return first, _Probe(model, sequences, first.template, check).matrices()
+
+
+class _Probe:
+    """The runs of one step that reveal it. ``state`` is a row of the state it starts from, ``None`` at the start."""
+
+    def __init__(self, model: Any, sequences: Sequences, state: State, check: bool):
+        self.model, self.sequences, self.check = model, sequences, check
+        self.first = state is None
+        names: set[str] = set()
+        for method, positional in model.methods():
+            known, _, anything = accepted(method, positional)
+            names |= known | (set(sequences.covariates) if anything else set())
+        self.varies = bool(names & ({"t"} | set(sequences.covariates)))
+        times = range(1, 2) if self.first else range(2, sequences.num_steps + 1)
+        if not self.varies:
+            times = times[:1]
+        self.times, self.batch = times, sequences.num_sequences if self.varies else 1
+        self.state = state if state is not None else model.begin(self._frame(1, {}))
+        if self.first and self.state is not None:
+            self.state = map_state(lambda leaf: leaf[:1], self.state)
+        self.state_width = sum(leaf.numel() for leaf in leaves(self.state))
+        for leaf in leaves(self.state):
+            if not leaf.is_floating_point():
+                raise ValueError(f"{type(model).__name__} carries a state of type {leaf.dtype}, which is not Gaussian")
+        self.x = {k: v[0, 0] for k, v in sequences.x.items()}
+        if not self.x:
+            raise ValueError("a Kalman filter needs data")
+        if any(not v.is_floating_point() for v in self.x.values()):
+            raise ValueError("the data is of an integer type; a linear-Gaussian model observes real numbers")
+        self.data_width = sum(v.numel() for v in self.x.values())
+        self.latents = self._latent_sites()
+        self.latent_width = sum(shape.numel() for shape in self.latents.values())
+        self.width = self.state_width + self.latent_width + self.data_width
+
+    def matrices(self) -> LinearStep:
+        model = type(self.model).__name__
+        points, tests = self._points()
+        out = self._run(torch.cat([points, tests]) if self.check else points)
+        head = len(points)
+        d, s = self.width, self.state_width
+        shape = (len(self.times), self.batch)
+        linear = torch.zeros(*shape, d, d, dtype=torch.float64)
+        drift = torch.zeros(*shape, d, dtype=torch.float64)
+        noise = torch.zeros(*shape, d, d, dtype=torch.float64)
+        tolerance = 1e-9 if self.dtype == torch.float64 else 2e-4
+        for name, (where, mean, covariance) in out["sites"].items():
+            base, directions = mean[:, :, 0], mean[:, :, 1:head] - mean[:, :, :1]
+            linear[:, :, where, :] = directions.transpose(-1, -2)
+            drift[:, :, where] = base
+            noise[:, :, where, where] = covariance[:, :, 0]
+            if self.check:
+                self._require_affine(f"site {name!r}: its mean", mean[:, :, head:], base, directions, tests, tolerance)
+                size = covariance.abs().amax((-1, -2), keepdim=True)
+                if ((covariance - covariance[:, :, :1]).abs() > tolerance * size).any():
+                    raise ValueError(f"site {name!r} of {model} is Gaussian, but its covariance depends on the state: the "
+                                     "model is not linear-Gaussian. Use ParticleFilter or a guide")
+        after = out["next"]
+        base, directions = after[:, :, 0], after[:, :, 1:head] - after[:, :, :1]
+        if self.check:
+            self._require_affine("the next state", after[:, :, head:], base, directions, tests, tolerance)
+        # u = E_s state + L u + drift + noise, with L strictly lower triangular by blocks.
+        solve = torch.linalg.inv(torch.eye(d, dtype=torch.float64) - linear)
+        return LinearStep(
+            s, {name: (where, self.latents[name]) for name, (where, _, _) in out["sites"].items() if name in self.latents},
+            slice(s + self.latent_width, d), solve[..., :s], (solve @ drift[..., None])[..., 0],
+            solve @ noise @ solve.transpose(-1, -2), directions.transpose(-1, -2), base, out["template"])
+
+    def _latent_sites(self) -> dict[str, torch.Size]:
+        zero = torch.zeros(1, self.state_width + self.data_width)
+        state, x = self._unflatten_state(zero[:, :self.state_width], 1), self._unflatten_data(zero, self.state_width, 1)
+        with StepSites(self._frame(1, x, repeat=False)) as step:
+            self.model.apply(state, self._frame(1, x, repeat=False))
+        for site in step.sites.values():
+            _require_gaussian(site.p, site.name, type(self.model).__name__)
+        observed = [site for site in step.sites.values() if site.observed]
+        self.dtype = observed[0].value.dtype if observed else torch.get_default_dtype()
+        sizes = [site.value[0].numel() for site in observed]
+        if sorted(self.x) != sorted(site.name for site in observed) and sum(sizes) != self.data_width:
+            raise ValueError(f"the observed sites {[s.name for s in observed]} have {sum(sizes)} entries a frame and the data "
+                             f"{self.data_width}: each entry of the data must be observed once")
+        self.observed_sites = {site.name: site.value.shape[1:] for site in observed}
+        return {name: site.value.shape[1:] for name, site in step.latents.items()}
+
+    def _points(self) -> tuple[Tensor, Tensor]:
+        """Zero and one step along each coordinate; and the points to test at."""
+        points = torch.cat([torch.zeros(1, self.width), torch.eye(self.width)]).double()
+        generator = torch.Generator().manual_seed(0)
+        tests = [scale * torch.randn(_POINTS, self.width, generator=generator, dtype=torch.float64) for scale in SCALES]
+        scale = max((float(v[~v.isnan()].abs().max()) for v in self.sequences.x.values() if (~v.isnan()).any()), default=1.0)
+        tests.append(scale * torch.randn(_POINTS, self.width, generator=generator, dtype=torch.float64))
+        return points, torch.cat(tests)
+
+    def _run(self, points: Tensor) -> dict[str, Any]:
+        """Run the step at every point, time and sequence: means and covariances of the sites, and the next state."""
+        count, blocks = len(points), len(self.times) * self.batch
+        u = points.to(self.dtype).repeat(blocks, 1)
+        rows = len(u)
+        state = self._unflatten_state(u[:, :self.state_width], rows)
+        values, start = {}, self.state_width
+        for name, shape in self.latents.items():
+            values[name] = u[:, start:start + shape.numel()].reshape(rows, *shape)
+            start += shape.numel()
+        x = self._unflatten_data(u, start, rows)
+        frame = self._frame(count, x, repeat=True)
+        with StepSites(frame, values=values) as step:
+            after = self.model.apply(state, frame)
+        shape = (len(self.times), self.batch, count)
+        sites, start, at = {}, self.state_width, self.state_width + self.latent_width
+        for name, site in step.sites.items():
+            width = site.value[0].numel()
+            where = slice(at, at + width) if site.observed else slice(start, start + width)
+            start, at = (start, at + width) if site.observed else (start + width, at)
+            _require_gaussian(site.p, name, type(self.model).__name__)
+            covariance = _covariance(site.p).double()
+            sites[name] = (where, site.p.mean.double().reshape(*shape, width), covariance.reshape(*shape, width, width))
+        flat = torch.cat([leaf.double().reshape(*shape, -1) for leaf in leaves(after)], -1) if leaves(after) else (
+            torch.zeros(*shape, 0, dtype=torch.float64))
+        return {"sites": sites, "next": flat, "template": map_state(lambda leaf: leaf[:1], after)}
+
+    def _frame(self, count: int, x: dict[str, Tensor], repeat: bool = False) -> Frame:
+        times = torch.tensor(list(self.times))
+        blocks = len(self.times) * self.batch if repeat else 1
+        t = times[:, None, None].expand(len(self.times), self.batch, count).reshape(-1)
+        sequence = torch.arange(self.batch)[None, :, None].expand(len(self.times), self.batch, count).reshape(-1)
+        t, sequence = (t, sequence) if repeat else (t[:1].expand(count), sequence[:1].expand(count))
+        covariates = {k: v[sequence, t - 1] for k, v in self.sequences.covariates.items()}
+        return Frame(t, count * blocks, x, covariates, False, sequence, False, {}, self.sequences.device)
+
+    def _unflatten_state(self, flat: Tensor, rows: int) -> State:
+        if self.state is None:
+            return None
+        at = 0
+
+        def take(leaf: Tensor) -> Tensor:
+            nonlocal at
+            at += leaf.numel()
+            return flat[:, at - leaf.numel():at].to(leaf.dtype).reshape(rows, *leaf.shape[1:])
+
+        return map_state(take, self.state)
+
+    def _unflatten_data(self, flat: Tensor, start: int, rows: int) -> dict[str, Tensor]:
+        found = {}
+        for name, like in self.x.items():
+            found[name] = flat[:, start:start + like.numel()].to(like.dtype).reshape(rows, *like.shape)
+            start += like.numel()
+        return found
+
+    def _require_affine(self, what: str, at_tests: Tensor, base: Tensor, directions: Tensor, tests: Tensor,
+                        tolerance: float) -> None:
+        expected = base[:, :, None] + tests @ directions
+        size = base.abs()[:, :, None] + tests.abs() @ directions.abs() + at_tests.abs() + 1e-12
+        wrong = ~((at_tests - expected).abs() <= tolerance * size)
+        if wrong.any():
+            row = int(wrong.any(-1).nonzero()[0, -1])
+            raise ValueError(
+                f"{what} in {type(self.model).__name__} is not linear in the state (tested at {len(tests)} points of scales "
+                f"{SCALES[0]:g} to {SCALES[-1]:g}; it fails at scale {tests[row].abs().max().item():.2g}): the Kalman filter is "
+                "not exact here. Use ParticleFilter or a guide; or, if it is linear wherever the data can take it, "
+                "KalmanFilter(model, assume_linear=True)")
+
+
+def _require_gaussian(fn: Distribution, name: str, model: str) -> None:
+    base = fn
+    while isinstance(base, Independent):
+        base = base.base_dist
+    if not isinstance(base, (Normal, MultivariateNormal, LowRankMultivariateNormal)):
+        raise ValueError(f"site {name!r} of {model} is {type(base).__name__}, not Gaussian: the Kalman filter is not exact "
+                         "here. Use ParticleFilter or a guide")
+
+
+def _covariance(fn: Distribution) -> Tensor:
+    """``(rows, width, width)``"""
+    rows = fn.batch_shape[0]
+    base = fn
+    while isinstance(base, Independent):
+        base = base.base_dist
+    if isinstance(base, Normal):
+        return torch.diag_embed(fn.variance.reshape(rows, -1))
+    covariance = base.covariance_matrix
+    if base.batch_shape == fn.batch_shape:
+        return covariance
+    blocks = covariance.reshape(rows, -1, *covariance.shape[-2:])
+    return torch.stack([torch.block_diag(*row) for row in blocks])

@@ -1,0 +1,36 @@
+"""Resampling: which particles of a weighted set go on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["systematic"]
+
+
+def systematic(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Systematic resampling, one uniform number a sequence.
+
+    :param weights: ``(n, N)`` non-negative, of any positive sum.
+    :param uniform: ``(n,)`` in [0, 1).
+    :returns: ``(n, N)`` ancestors in increasing order; particle ``i`` appears ``floor`` or ``ceil`` of
+        ``N * weight_i / sum`` times, and that many times on average.
+
+    Source: Carpenter, Clifford and Fearnhead, *Improved particle filter for nonlinear problems*, 1999.
+
+    Example::
+
+        >>> import torch
+        >>> systematic(torch.tensor([[0.5, 0.0, 0.25, 0.25]]), torch.tensor([0.1]))
+        tensor([[0, 0, 2, 3]])
+    """
+    n, particles = weights.shape
+    # In double precision: a float32 sum of a million weights misplaces whole particles.
+    edges = weights.cumsum(-1, dtype=torch.float64)
+    edges = edges.mul_(particles / edges[:, -1:]).sub_(uniform.to(edges)[:, None]).ceil_().clamp_(0, particles)
+    edges[:, -1] = particles
+    counts = edges.long()
+    counts[:, 1:] -= edges[:, :-1].long()
+    index = torch.arange(particles, device=weights.device)
+    index = index if n == 1 else index.expand(n, particles).reshape(-1)
+    return index.repeat_interleave(counts.reshape(-1), output_size=n * particles).reshape(n, particles)

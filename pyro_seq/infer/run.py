@@ -1,0 +1,64 @@
+"""Entering a model and a guide for one run of an inference method."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_seq.sequences import Sequences
+
+__all__ = ["Stopwatch", "entered", "require_model"]
+
+
+class Stopwatch:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+
+def require_model(model: Any, method: str) -> None:
+    if not hasattr(model, "apply") or not hasattr(model, "within"):
+        raise TypeError(f"{method} takes a SequentialModel or StateSpaceModel, not {type(model).__name__}: declare one, or "
+                        "wrap a plain Pyro function with seq.from_pyro")
+
+
+def entered(model: Any, guide: Any, sequences: Sequences, fn: Callable[[dict[str, Tensor]], Any]) -> Any:
+    """Run ``fn(parameters)`` inside guide and model, without gradients and without touching the parameter store.
+
+    Global parameters come from a handler outside (``poutine.condition``), else from the guide, else from their prior,
+    with a warning.
+    """
+    def inside() -> Any:
+        values = guide.draw_globals(sequences) if guide is not None else {}
+        with poutine.trace() as tr:
+            return model.within(lambda: fn(_globals(model, tr.trace, values)), globals=values)
+
+    with torch.no_grad(), pyro.get_param_store().scope():
+        return inside() if guide is None else guide.within(inside)
+
+
+def _globals(model: Any, trace: poutine.Trace, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = dict(values)
+    drawn = []
+    for name in model.global_sites():
+        if name not in found:
+            site = trace.nodes[name]
+            found[name] = site["value"]
+            if not site["is_observed"]:
+                drawn.append(name)
+    if drawn:
+        warnings.warn(f"global parameters {drawn} were drawn from their prior, and the result is conditional on the draw: "
+                      "fix them with poutine.condition(data={...}), or give the guide a global_guide", stacklevel=4)
+    return found

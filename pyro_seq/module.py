@@ -1,0 +1,120 @@
+"""The one door into a model or guide: parameters read, and global parameters drawn, once per call."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.nn import PyroModule, pyro_method
+from pyro.params import param_with_module_name
+from torch import Tensor
+
+__all__ = ["SequentialModule", "accepted"]
+
+
+class SequentialModule(PyroModule):
+    """A :class:`~pyro.nn.PyroModule` whose attributes are read once per call.
+
+    Reading a parameter in Pyro sends a message through every handler, and reading a ``PyroSample`` outside of a call
+    draws it anew. A sequence model reads the same attributes at every step, so :meth:`within` reads them all once and
+    hands the values out until it returns.
+    """
+
+    def __init__(self, name: str = ""):
+        super().__init__(name)
+        self.__dict__["_values"] = None
+
+    def __getattr__(self, name: str) -> Any:
+        values = self.__dict__.get("_values")
+        if values is not None and name in values:
+            return values[name]
+        return super().__getattr__(name)
+
+    @pyro_method
+    def within(self, fn: Callable[..., Any], *args: Any, globals: Mapping[str, Tensor] | None = None,
+               **kwargs: Any) -> Any:
+        """Run ``fn(*args, **kwargs)`` with this call's parameters and global parameters in place.
+
+        :param globals: values of global sites drawn elsewhere (by a guide); they are not sampled again.
+        """
+        if self.__dict__["_values"] is not None:
+            return fn(*args, **kwargs)
+        self._refuse_collisions()
+        if globals is None:
+            values = self._read()
+        else:
+            with poutine.block(hide=list(globals)), poutine.condition(data=dict(globals)):
+                values = self._read()
+        self.__dict__["_values"] = values
+        try:
+            return fn(*args, **kwargs)
+        finally:
+            self.__dict__["_values"] = None
+
+    def global_sites(self) -> list[str]:
+        """Names of the ``PyroSample`` attributes, of this module and of those inside it."""
+        return [".".join(filter(None, (self._pyro_name, prefix, name)))
+                for prefix, module in self.named_modules() if isinstance(module, PyroModule)
+                for name in module._pyro_samples]
+
+    def _read(self) -> dict[str, Any]:
+        values = {name: getattr(self, name) for name in self._pyro_samples}
+        for module in self.modules():
+            if module is not self and isinstance(module, PyroModule):
+                for name in module._pyro_samples:
+                    getattr(module, name)
+        values.update({name: getattr(self, name) for name, child in self._modules.items() if child is not None})
+        values.update({name: getattr(self, name) for name in self._pyro_params})
+        values.update({name: getattr(self, name) for name in self._parameters
+                       if not name.endswith("_unconstrained") and self._parameters[name] is not None})
+        return values
+
+    def _refuse_collisions(self) -> None:
+        """Two modules with one name would share, or silently never train, their parameters."""
+        if pyro.settings.get("module_local_params"):
+            return
+        stored = dict(pyro.get_param_store().named_parameters())
+        if not stored:
+            return
+        root = self._pyro_name
+        for prefix, module in self.named_modules():
+            for name, value in module.named_parameters(prefix="", recurse=False):
+                key = _store_name(self, root, prefix, name)
+                if key in stored and stored[key] is not value:
+                    raise ValueError(
+                        f"parameter {key!r} of this {type(self).__name__} is already in Pyro's parameter store, put "
+                        "there by another model or guide of the same name: training one would silently leave the other "
+                        f"as it is. Give this one a name, {type(self).__name__}(..., name='other'), or call "
+                        "pyro.clear_param_store() first")
+
+
+def _store_name(root_module: PyroModule, root: str, prefix: str, name: str) -> str:
+    """The name under which Pyro stores a parameter: plain modules are stored whole, by the attribute that holds them."""
+    owner: torch.nn.Module = root_module
+    path = [root] if root else []
+    parts = prefix.split(".") if prefix else []
+    while parts and isinstance(owner, PyroModule):
+        owner = owner._modules[parts[0]]
+        path.append(parts.pop(0))
+    name = name.removesuffix("_unconstrained")
+    if isinstance(owner, PyroModule):
+        return ".".join([*path, name])
+    return param_with_module_name(".".join(path), ".".join([*parts, name]))
+
+
+@cache
+def _signature(fn: Callable[..., Any], positional: int) -> tuple[frozenset[str], frozenset[str], bool]:
+    parameters = list(inspect.signature(fn).parameters.values())[1 + positional:]
+    keyword = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return (frozenset(p.name for p in keyword), frozenset(p.name for p in keyword if p.default is p.empty),
+            any(p.kind is p.VAR_KEYWORD for p in parameters))
+
+
+def accepted(method: Callable[..., Any], positional: int) -> tuple[frozenset[str], frozenset[str], bool]:
+    """Of a bound method, after ``positional`` arguments: the keywords it takes, those it requires, whether it takes any."""
+    return _signature(method.__func__, positional)

@@ -1,0 +1,381 @@
+"""The data: a padded batch of sequences, their lengths, what is missing, and the covariates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+__all__ = ["Frame", "Packed", "Sequences"]
+
+
+class Frame(NamedTuple):
+    """What one step of a model sees: flat rows of data and covariates.
+
+    A row is one particle of one sequence (and of one time, when a whole sequence is scored in one call).
+    """
+
+    t: int | Tensor
+    """1-based time: an int inside the loop, a ``(rows,)`` tensor when rows of several times are scored together."""
+    rows: int
+    x: Mapping[str, Tensor]
+    """Observed values by argument name, each ``(rows, ...)``; NaN marks a missing entry. Empty when simulating."""
+    covariates: Mapping[str, Tensor]
+    missing: bool
+    """Whether any entry of ``x`` may be missing."""
+    sequence: Tensor
+    """``(rows,)`` index of the sequence, in the user's order, that each row belongs to."""
+    first: bool
+    """Whether this is the first step."""
+    observed: Mapping[str, Tensor]
+    """For data of an integer type, which cannot hold NaN: booleans of the shape of ``x``."""
+    device: torch.device
+    whole: Sequences | None = None
+    """The batch the rows come from."""
+
+    @property
+    def time(self) -> Tensor:
+        """``(rows,)`` long tensor of 1-based times."""
+        if isinstance(self.t, Tensor):
+            return self.t
+        return torch.full((self.rows,), self.t, dtype=torch.long, device=self.device)
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """A batch of ``B`` sequences of at most ``T`` frames, checked once.
+
+    Build it with :meth:`of`, which accepts what users have at hand. Every inference method takes either raw data or
+    a ``Sequences``. Padding is never read: it holds a copy of each sequence's last frame, so that it is always a
+    plausible value.
+
+    :param x: values by argument name, each ``(B, T, ...)``; NaN marks missing entries of floating data.
+    :param lengths: ``(B,)`` long, from 1 to ``T``.
+    :param observed: for data of an integer type with gaps, booleans of the shape of the values.
+    :param covariates: values by argument name, each ``(B, T, ...)``.
+
+    Example::
+
+        >>> import torch
+        >>> batch = Sequences.of([torch.zeros(3, 2), torch.ones(5, 2)])
+        >>> batch.num_sequences, batch.num_steps, batch.lengths.tolist()
+        (2, 5, [3, 5])
+    """
+
+    x: Mapping[str, Tensor]
+    lengths: Tensor
+    covariates: Mapping[str, Tensor] = field(default_factory=dict)
+    observed: Mapping[str, Tensor] = field(default_factory=dict)
+    has_missing: bool = False
+
+    @staticmethod
+    def of(
+        x: Any = None,
+        lengths: Any = None,
+        *,
+        mask: Any = None,
+        covariates: Mapping[str, Any] | None = None,
+    ) -> Sequences:
+        """Check and pad raw data.
+
+        :param x: observed values: a tensor or array ``(B, T, ...)``, one series ``(T,)``, a list of ragged
+            ``(T_b, ...)`` sequences, a pandas Series (one scalar sequence) or frame (one sequence, a column per
+            dimension), a dict of any of these by argument name, or ``None`` to simulate.
+        :param lengths: ``(B,)`` integers from 1 to ``T``; all ``T`` when omitted (taken from a ragged list).
+        :param mask: True where observed: ``(B, T)`` for whole frames or the shape of ``x`` for single entries
+            (a dict of these when ``x`` is one). NaN in ``x`` marks missing entries as well.
+        :param covariates: inputs by argument name, each ``(B, T, ...)``, without missing values.
+        :raises ValueError: on an empty batch, impossible lengths, infinite values, or shapes that disagree.
+        """
+        if isinstance(x, Sequences):
+            if lengths is not None or mask is not None or covariates:
+                raise ValueError("x is a Sequences already: pass lengths, mask and covariates to Sequences.of instead")
+            return x
+        given = {} if x is None else dict(x) if isinstance(x, Mapping) else {"x": x}
+        values: dict[str, Tensor] = {}
+        for name, value in given.items():
+            values[name], lengths = _tensor(name, value, lengths)
+        inputs: dict[str, Tensor] = {}
+        for name, value in (covariates or {}).items():
+            if name in values or name == "t":
+                raise ValueError(f"covariate {name!r} has the name of {'the time index' if name == 't' else 'the data'}"
+                                 ": rename it")
+            inputs[name], _ = _tensor(name, value, None)
+        batch, steps, lengths = _check_lengths({**values, **inputs}, lengths)
+        for name, value in {**values, **inputs}.items():
+            if name in inputs and value.dim() >= 2 and value.shape[0] == 1:
+                value = inputs[name] = value.expand(batch, *value.shape[1:])
+            if value.shape[0] != batch or value.shape[1] < steps:
+                raise ValueError(
+                    f"{name!r} has shape {tuple(value.shape)}, but (B, T, ...) = ({batch}, {steps}, ...) is expected: "
+                    "all data and covariates share the batch and time dimensions")
+        if len({v.device for v in (*values.values(), *inputs.values())}) > 1:
+            where = {n: str(v.device) for n, v in {**values, **inputs}.items()}
+            raise ValueError(f"data and covariates are on different devices: {where}; move them with .to(device)")
+
+        device = next(iter((*values.values(), *inputs.values())), lengths).device
+        lengths = lengths.to(device)
+        last = torch.minimum(torch.arange(steps, device=device), lengths[:, None] - 1)
+        ragged = bool((lengths < steps).any())
+        inside = torch.arange(steps, device=device) < lengths[:, None]
+        observed: dict[str, Tensor] = {}
+        has_missing = False
+        for name, value in values.items():
+            value = _pad_with_last(value[:, :steps], last) if ragged else value[:, :steps]
+            present = _mask(name, mask, value, steps)
+            if present is not None:
+                present = present | ~_right(inside, present)
+            if value.is_floating_point():
+                infinite = value.isinf() & _right(inside, value)
+                if infinite.any():
+                    b, t = infinite.flatten(2).any(-1).nonzero()[0].tolist() if value.dim() > 2 else (
+                        infinite.nonzero()[0].tolist())
+                    raise ValueError(f"{name!r} is infinite in sequence {b} at time {t + 1}: data must be finite; "
+                                     "mark missing values with NaN or mask=")
+                if present is not None:
+                    value = value.masked_fill(~present, torch.nan)
+                has_missing |= bool(value.isnan().any())
+            elif present is not None and not present.all():
+                observed[name] = present
+                has_missing = True
+            values[name] = value
+        for name, value in inputs.items():
+            value = _pad_with_last(value[:, :steps], last) if ragged else value[:, :steps]
+            if value.is_floating_point() and not value.isfinite().all():
+                raise ValueError(f"covariate {name!r} has NaN or infinite entries: covariates cannot be missing; "
+                                 "fill them, or model them as data")
+            inputs[name] = value
+        return Sequences(values, lengths, inputs, observed, has_missing)
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def num_steps(self) -> int:
+        return int(self.lengths.max())
+
+    @property
+    def device(self) -> torch.device:
+        return self.lengths.device
+
+    @cached_property
+    def active(self) -> Tensor:
+        """``(B, T)`` booleans: True inside each sequence's length."""
+        return torch.arange(self.num_steps, device=self.device) < self.lengths[:, None]
+
+    @cached_property
+    def packed(self) -> Packed:
+        """The same data ordered by length, so that the running sequences of each step are a prefix."""
+        return Packed(self)
+
+    def frame(self, t: int) -> Frame:
+        """All ``B`` rows at time ``t`` (1-based), in the user's order, finished sequences showing their last frame."""
+        return Frame(
+            t, self.num_sequences, {k: v[:, t - 1] for k, v in self.x.items()},
+            {k: v[:, t - 1] for k, v in self.covariates.items()}, self.has_missing,
+            torch.arange(self.num_sequences, device=self.device), t == 1,
+            {k: v[:, t - 1] for k, v in self.observed.items()}, self.device, self)
+
+    def repeat(self, times: int) -> Sequences:
+        """The whole batch ``times`` times over, one copy after the other."""
+        if times == 1:
+            return self
+
+        def tile(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {k: v.repeat(times, *(1,) * (v.dim() - 1)) for k, v in values.items()}
+
+        return Sequences(tile(self.x), self.lengths.repeat(times), tile(self.covariates), tile(self.observed),
+                         self.has_missing)
+
+    def simulated(self) -> Sequences:
+        """The same lengths and covariates without the observed values."""
+        return Sequences({}, self.lengths, self.covariates)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{k}={tuple(v.shape)}" for k, v in {**self.x, **self.covariates}.items())
+        return (f"Sequences({shapes or 'no data'}, lengths {int(self.lengths.min())}..{self.num_steps}"
+                f"{', with missing values' if self.has_missing else ''})")
+
+
+class Packed:
+    """Sequences ordered by decreasing length: step ``t`` runs the first ``counts[t - 1]`` of them and no others.
+
+    A finished sequence is thus never shown to the user's code: it costs nothing, uses no random numbers and cannot
+    contribute to a score or a gradient.
+    """
+
+    def __init__(self, sequences: Sequences):
+        self.sequences = sequences
+        lengths = sequences.lengths
+        self.order = torch.argsort(lengths, descending=True, stable=True)
+        """``(B,)`` the user's index of each packed row."""
+        self.inverse = torch.argsort(self.order)
+        ends = torch.bincount(lengths.cpu(), minlength=sequences.num_steps + 1).flip(0).cumsum(0).flip(0)
+        self.counts: list[int] = ends[1:].tolist()
+        """Running sequences at each step."""
+        self.x = {k: self.sort(v) for k, v in sequences.x.items()}
+        self.observed = {k: self.sort(v) for k, v in sequences.observed.items()}
+        self.covariates = {k: self.sort(v) for k, v in sequences.covariates.items()}
+        missing = torch.zeros(sequences.num_steps, dtype=torch.bool)
+        if sequences.has_missing:
+            for value in self.x.values():
+                if value.is_floating_point():
+                    missing |= value.isnan().transpose(0, 1).flatten(1).any(1).cpu()
+            for value in self.observed.values():
+                missing |= (~value).transpose(0, 1).flatten(1).any(1).cpu()
+        self.missing: list[bool] = missing.tolist()
+
+    def sort(self, value: Tensor) -> Tensor:
+        """Reorder ``(B, ...)`` from the user's order to the packed one."""
+        return value if self.sequences.lengths.min() == self.sequences.num_steps else value[self.order]
+
+    def unsort(self, value: Tensor) -> Tensor:
+        """Reorder ``(B, ...)`` from the packed order to the user's."""
+        return value if self.sequences.lengths.min() == self.sequences.num_steps else value[self.inverse]
+
+    @cached_property
+    def running(self) -> Tensor:
+        """``(T, B)`` booleans in packed order."""
+        counts = torch.tensor(self.counts, device=self.sequences.device)
+        return torch.arange(self.sequences.num_sequences, device=self.sequences.device) < counts[:, None]
+
+    def frames(self, num_particles: int = 1) -> Iterator[Frame]:
+        """One frame a step, each running sequence repeated ``num_particles`` times (a sequence's rows together)."""
+        for t, count in enumerate(self.counts, start=1):
+            def rows(value: Tensor, t: int = t, count: int = count) -> Tensor:
+                return repeat_rows(value[:count, t - 1], num_particles)
+
+            yield Frame(
+                t, count * num_particles, {k: rows(v) for k, v in self.x.items()},
+                {k: rows(v) for k, v in self.covariates.items()}, self.missing[t - 1],
+                repeat_rows(self.order[:count], num_particles), t == 1,
+                {k: rows(v) for k, v in self.observed.items()}, self.sequences.device, self.sequences)
+
+    def flat(self, start: int, stop: int, num_particles: int = 1) -> Frame:
+        """One frame with the rows of steps ``start..stop`` (1-based, inclusive) one step after the other."""
+        running = self.running[start - 1:stop]
+        full = all(count == self.sequences.num_sequences for count in self.counts[start - 1:stop])
+
+        def rows(value: Tensor) -> Tensor:
+            value = value[:, start - 1:stop].transpose(0, 1)
+            return repeat_rows(value.flatten(0, 1) if full else value[running], num_particles)
+
+        times = torch.arange(start, stop + 1, device=self.sequences.device)[:, None].expand(running.shape)[running]
+        order = self.order.expand(running.shape)[running]
+        return Frame(
+            repeat_rows(times, num_particles), len(times) * num_particles, {k: rows(v) for k, v in self.x.items()},
+            {k: rows(v) for k, v in self.covariates.items()}, any(self.missing[start - 1:stop]),
+            repeat_rows(order, num_particles), start == 1, {k: rows(v) for k, v in self.observed.items()},
+            self.sequences.device, self.sequences)
+
+
+def repeat_rows(value: Tensor, times: int) -> Tensor:
+    """``(n, ...)`` to ``(n * times, ...)``, the copies of a row next to each other."""
+    if times == 1:
+        return value
+    return value[:, None].expand(value.shape[0], times, *value.shape[1:]).reshape(-1, *value.shape[1:])
+
+
+def _right(flag: Tensor, like: Tensor) -> Tensor:
+    return flag.reshape(flag.shape + (1,) * (like.dim() - flag.dim()))
+
+
+def _tensor(name: str, value: Any, lengths: Any) -> tuple[Tensor, Any]:
+    """One input as ``(B, T, ...)`` and the lengths, known when the input is a ragged list."""
+    if isinstance(value, pd.DataFrame):
+        bad = [str(c) for c in value.columns if not pd.api.types.is_numeric_dtype(value[c])]
+        if bad:
+            raise TypeError(f"{name!r}: columns {bad} are not numeric; select or encode them first")
+        return _from_numpy(value.to_numpy(dtype=float, na_value=np.nan))[None], lengths
+    if isinstance(value, pd.Series):
+        return _from_numpy(value.to_numpy(dtype=float, na_value=np.nan))[None], lengths
+    if isinstance(value, (list, tuple)) and value and not all(np.isscalar(v) for v in value):
+        parts = [_tensor(name, v, None)[0][0] if isinstance(v, (pd.Series, pd.DataFrame)) else
+                 v if isinstance(v, Tensor) else _from_numpy(np.asarray(v)) for v in value]
+        events = {tuple(p.shape[1:]) for p in parts}
+        if len(events) > 1 or any(p.dim() == 0 for p in parts):
+            raise ValueError(f"{name!r}: the sequences have frames of different shapes {sorted(events)}")
+        if any(len(p) == 0 for p in parts):
+            empty = [i for i, p in enumerate(parts) if len(p) == 0]
+            raise ValueError(f"{name!r}: sequences {empty} are empty; every sequence needs at least one frame")
+        ragged = torch.tensor([len(p) for p in parts])
+        if lengths is None:
+            lengths = ragged
+        elif torch.as_tensor(lengths).tolist() != ragged.tolist():
+            raise ValueError(f"{name!r} is a list of sequences of lengths {ragged.tolist()}, but lengths="
+                             f"{torch.as_tensor(lengths).tolist()} was given: leave lengths out")
+        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True), lengths
+    if not isinstance(value, Tensor):
+        try:
+            value = _from_numpy(np.asarray(value))
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{name!r} of type {type(value).__name__} is not numeric data: pass a tensor, an array, a "
+                            "list of sequences, or a pandas Series or DataFrame") from error
+    if value.is_complex():
+        raise TypeError(f"{name!r} is complex; pass real and imaginary parts as two dimensions")
+    if value.dim() == 0:
+        raise ValueError(f"{name!r} is a single number; sequences have shape (B, T, ...) or, for one series, (T,)")
+    return (value[None] if value.dim() == 1 else value), lengths
+
+
+def _from_numpy(array: np.ndarray) -> Tensor:
+    """Arrays take torch's default floating type, since numpy's is float64 whatever the model's."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array).copy())
+    return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
+
+
+def _check_lengths(values: Mapping[str, Tensor], lengths: Any) -> tuple[int, int, Tensor]:
+    name, value = next(iter(values.items()), (None, None))
+    if value is None and lengths is None:
+        raise ValueError("nothing tells how many sequences of what length to simulate: pass lengths, e.g. "
+                         "model(lengths=[100] * 8)")
+    if value is not None and (value.shape[0] == 0 or value.shape[1] == 0):
+        raise ValueError(f"{name!r} has shape {tuple(value.shape)}: the batch or the time dimension is empty")
+    if lengths is None:
+        lengths = torch.full((value.shape[0],), value.shape[1], dtype=torch.long)
+    lengths = torch.as_tensor(lengths)
+    if lengths.is_floating_point() or lengths.dtype == torch.bool:
+        raise TypeError(f"lengths has dtype {lengths.dtype}; integers are expected")
+    if lengths.dim() == 0:
+        lengths = lengths[None]
+    if lengths.dim() != 1 or len(lengths) == 0:
+        raise ValueError(f"lengths has shape {tuple(lengths.shape)}; one integer per sequence, (B,), is expected")
+    batch = len(lengths) if value is None else max(v.shape[0] for v in values.values())
+    if len(lengths) != batch:
+        raise ValueError(f"lengths has {len(lengths)} entries but {name!r} of shape {tuple(value.shape)} "
+                         f"holds {batch} sequences")
+    limit = int(lengths.max()) if value is None else min(v.shape[1] for v in values.values())
+    bad = ((lengths < 1) | (lengths > limit)).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"lengths must lie between 1 and T = {limit}: sequence {bad[0]} has "
+                         f"length {int(lengths[bad[0]])}")
+    return batch, int(lengths.max()), lengths.long()
+
+
+def _pad_with_last(value: Tensor, last: Tensor) -> Tensor:
+    return value.gather(1, _right(last, value).expand(value.shape))
+
+
+def _mask(name: str, mask: Any, value: Tensor, steps: int) -> Tensor | None:
+    """``mask`` for one input as booleans of the shape of ``value``; padding is taken as observed."""
+    mask = mask.get(name) if isinstance(mask, Mapping) else mask
+    if mask is None:
+        return None
+    mask = torch.as_tensor(mask, device=value.device)
+    if mask.dim() == 1 and value.shape[0] == 1:
+        mask = mask[None]
+    if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(f"mask has dtype {mask.dtype} and entries other than 0 and 1: it is True where {name!r} is "
+                         "observed")
+    mask = mask.bool()[:, :steps]
+    if mask.dim() not in (2, value.dim()) or mask.shape != value.shape[:mask.dim()]:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}; for {name!r} of shape {tuple(value.shape)} it is "
+                         f"{tuple(value.shape[:2])} (whole frames) or {tuple(value.shape)} (single entries)")
+    return _right(mask, value).expand(value.shape)
