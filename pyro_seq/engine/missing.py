@@ -79,10 +79,10 @@ class SomeEntries(TorchDistribution):
     def support(self) -> constraints.Constraint:
         return self.fn.support
 
-    def sample(self, sample_shape=torch.Size()):
+    def sample(self, sample_shape=()):
         return self.fn.sample(sample_shape)
 
-    def rsample(self, sample_shape=torch.Size()):
+    def rsample(self, sample_shape=()):
         return self.fn.rsample(sample_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -121,10 +121,10 @@ class FrozenRows(TorchDistribution):
         running = self.running.reshape(self.running.shape + (1,) * self.event_dim)
         return torch.where(running, value, in_support(self.fn).to(value.dtype))
 
-    def sample(self, sample_shape=torch.Size()):
+    def sample(self, sample_shape=()):
         return self._freeze(self.fn.sample(sample_shape))
 
-    def rsample(self, sample_shape=torch.Size()):
+    def rsample(self, sample_shape=()):
         return self._freeze(self.fn.rsample(sample_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:

@@ -32,8 +32,9 @@ def unroll(model: Any, sequences: Sequences, guide: Any = None, *, plate_size: i
         raise ValueError(f"plate_size={plate_size} is smaller than the batch of {batch} sequences: it is the number of "
                          "sequences in the whole data set")
     prepared = guide.prepare_rows(sequences) if guide is not None else None
-    plate = nullcontext() if model.state_grows else (pyro.plate("sequences", batch, dim=-1) if plate_size is None else pyro.plate(
-        "sequences", plate_size, dim=-1, subsample=torch.arange(batch, device=sequences.device)))
+    subsample = None if plate_size is None else torch.arange(batch, device=sequences.device)
+    plate = nullcontext() if model.state_grows else pyro.plate(
+        "sequences", batch if plate_size is None else plate_size, dim=-1, subsample=subsample)
     history = steps if model.markov_history is None else model.markov_history
     values: dict[str, list[Tensor]] = {}
     with plate:

@@ -88,7 +88,8 @@ class KalmanFilter:
 
         smoothed = passes.smooth()
         return Posterior(
-            method="Kalman filter", kind=EXACT, log_evidence=evidence, standard_error=torch.zeros_like(evidence), sequences=sequences, seconds=watch.seconds,
+            method="Kalman filter", kind=EXACT, log_evidence=evidence, standard_error=torch.zeros_like(evidence),
+            sequences=sequences, seconds=watch.seconds,
             filtered=moments(passes.means, passes.covariances), smoothed=moments(*smoothed), parameters=parameters,
             notes=(note,), final_state=passes.final_state(sequences.lengths, first.template), model=self.model)
 

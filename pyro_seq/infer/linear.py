@@ -215,7 +215,7 @@ class _Probe:
             row = int(wrong.any(-1).nonzero()[0, -1])
             raise ValueError(
                 f"{what} in {type(self.model).__name__} is not linear in the state (tested at {len(tests)} points of scales "
-                f"{SCALES[0]:g} to {SCALES[-1]:g}; it fails at scale {tests[row].abs().max().item():.2g}): the Kalman filter is "
+                f"{SCALES[0]:g} to {SCALES[-1]:g}; it fails at {tests[row].abs().max().item():.2g}): the Kalman filter is "
                 "not exact here. Use ParticleFilter or a guide; or, if it is linear wherever the data can take it, "
                 "KalmanFilter(model, assume_linear=True)")
 
