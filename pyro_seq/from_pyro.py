@@ -116,9 +116,6 @@ class PyroFunction(SequentialModel):
                       if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name not in covariates]
         function(*((x, lengths) if len(positional) > 1 else (x,)), **covariates)
 
-    def can_advance(self) -> bool:
-        return False
-
     def read_state(self, state: State) -> State:
         last = max((t for _, t in state), default=None)
         return None if last is None else {name: value for (name, t), value in state.items() if t == last}

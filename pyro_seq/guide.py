@@ -15,7 +15,7 @@ from pyro_seq.engine.unroll import unroll
 from pyro_seq.module import SequentialModule, accepted
 from pyro_seq.sequences import Frame, Sequences
 
-__all__ = ["PriorGuide", "SequentialGuide", "at_frame"]
+__all__ = ["PriorGuide", "SequentialGuide"]
 
 
 class SequentialGuide(SequentialModule):
@@ -51,6 +51,8 @@ class SequentialGuide(SequentialModule):
         >>> loss = seq.SequentialELBO().loss(model, Halfway(model), x)
     """
 
+    reads_prior = True
+    """Whether proposals need the prior that they are given; if not, a loop that only draws need not compute it."""
     greedy = False
     """Whether each step's latents are trained on that step alone, the future not reaching back through the state."""
 
@@ -121,12 +123,11 @@ class SequentialGuide(SequentialModule):
         x = {k: v.nan_to_num() if v.is_floating_point() else v for k, v in sequences.x.items()}
         return self.prepare(_single(x), sequences.lengths)
 
-    def propose(self, state: State, frame: Frame, prepared: Any, emitted: PyroSites | StepSites | None = None
-                ) -> Proposal:
+    def propose(self, state: State, frame: Frame, encoding: Any, emit: PyroSites | None = None) -> Proposal:
         """What this step's latents are drawn from.
 
-        :param prepared: what :meth:`prepare_rows` returned.
-        :param emitted: the active messenger, which has recorded the sites of :meth:`step` once it has run.
+        :param encoding: this frame's rows ``(rows, ...)`` of what :meth:`prepare_rows` returned.
+        :param emit: in a Pyro program, the messenger that lets the sites of :meth:`step` out as the guide's.
         """
         names, _, anything = accepted(self.step, 1)
         x = {k: v.nan_to_num() if v.is_floating_point() else v for k, v in frame.x.items()}
@@ -138,11 +139,11 @@ class SequentialGuide(SequentialModule):
         if "observed" in names:
             given["observed"] = _single({k: ~v.isnan() for k, v in frame.x.items()})
         if "encoding" in names:
-            given["encoding"] = at_frame(prepared, frame)
-        self.step(state, **given)
-        sites = emitted.drawn if isinstance(emitted, PyroSites) else {
-            name: (site.p, site.value) for name, site in emitted.sites.items()}
-        return DrawnSites(type(self).__name__, sites)
+            given["encoding"] = encoding
+        with StepSites(frame) if emit is None else emit as sites:
+            self.step(state, **given)
+        drawn = {name: (site.p, site.value) for name, site in sites.sites.items()} if emit is None else sites.drawn
+        return DrawnSites(type(self).__name__, drawn)
 
 
 class DrawnSites:
@@ -174,25 +175,16 @@ class DrawnSites:
 class PriorGuide(SequentialGuide):
     """The model's own prior as a guide: the proposal of the bootstrap particle filter."""
 
-    def propose(self, state: State, frame: Frame, prepared: Any, emitted: Any = None) -> Proposal:
+    def prepare_rows(self, sequences: Sequences) -> None:
+        return None
+
+    def propose(self, state: State, frame: Frame, encoding: Any, emit: Any = None) -> Proposal:
         return from_prior
 
 
 def from_prior(name: str, prior: Distribution) -> tuple[None, None]:
     """The proposal that draws a latent from the model."""
     return None, None
-
-
-def at_frame(prepared: Any, frame: Frame) -> Any:
-    """The rows of ``frame`` of encodings ``(B, T, ...)`` that are in the user's order."""
-    if prepared is None:
-        return None
-    if isinstance(prepared, Tensor):
-        t = frame.t - 1
-        return prepared[frame.sequence, t]
-    if isinstance(prepared, Mapping):
-        return {k: at_frame(v, frame) for k, v in prepared.items()}
-    return tuple(at_frame(v, frame) for v in prepared)
 
 
 def _single(values: Mapping[str, Any]) -> Any:

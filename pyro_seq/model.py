@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_seq.engine.sites import LatentsDrawn, Proposal, StepSites
+from pyro_seq.engine.sites import LatentsDrawn, Proposal, Site, StepSites
 from pyro_seq.engine.state import State, check_state
 from pyro_seq.engine.unroll import unroll
 from pyro_seq.module import SequentialModule, accepted
@@ -120,21 +121,26 @@ class SequentialModel(SequentialModule):
         """Run one step on flat rows, under whatever messenger is active."""
         return self.step(state, **self._inputs(self.step, frame, 1))
 
-    def can_advance(self) -> bool:
+    def has_advance(self) -> bool:
         """Whether the state can be advanced from the latents alone."""
         return type(self).advance is not SequentialModel.advance
 
-    def draw_latents(self, state: State, frame: Frame, proposal: Proposal, count: int, detach: bool
-                     ) -> tuple[StepSites, State]:
-        """Draw the ``count`` latents of a step and advance the state, without running the emission."""
-        with StepSites(frame, proposal, stop_after=count) as sites:
-            try:
-                self.apply(state, frame)
-            except LatentsDrawn:
-                pass
-        z = {name: site.value.detach() if detach else site.value for name, site in sites.sites.items()}
+    def advance_from(self, state: State, z: dict[str, Tensor], frame: Frame) -> State:
+        """The next state by :meth:`advance`."""
         x = frame.x["x"] if list(frame.x) == ["x"] else dict(frame.x)
-        return sites, self.advance(state, z, x, **self._inputs(self.advance, frame, 3))
+        return self.advance(state, z, x, **self._inputs(self.advance, frame, 3))
+
+    def can_draw_latents(self) -> bool:
+        """Whether :meth:`draw_latents` costs less than a whole step."""
+        return self.has_advance()
+
+    def draw_latents(self, state: State, frame: Frame, proposal: Proposal, count: int, detach: bool
+                     ) -> tuple[dict[str, Site], State]:
+        """Draw the ``count`` latents of a step and advance the state, without running the emission."""
+        with suppress(LatentsDrawn), StepSites(frame, proposal, stop_after=count) as step:
+            self.apply(state, frame)
+        z = {name: site.value.detach() if detach else site.value for name, site in step.sites.items()}
+        return step.sites, self.advance_from(state, z, frame)
 
     def read_state(self, state: State) -> State:
         """The part of the state that a learned guide reads, of the same width at every step."""
@@ -230,13 +236,14 @@ class StateSpaceModel(SequentialModel):
         self.emission(state, **self._inputs(self.emission, frame, 1))
         return state
 
-    def can_advance(self) -> bool:
+    def can_draw_latents(self) -> bool:
         return True
 
     def draw_latents(self, state: State, frame: Frame, proposal: Proposal, count: int, detach: bool
-                     ) -> tuple[StepSites, State]:
-        with StepSites(frame, proposal, detach=detach) as sites:
-            return sites, self._latent_step(state, frame)
+                     ) -> tuple[dict[str, Site], State]:
+        with StepSites(frame, proposal, detach=detach) as step:
+            after = self._latent_step(state, frame)
+        return step.sites, after
 
     def methods(self) -> tuple[tuple[Callable[..., Any], int], ...]:
         return ((self.initial, 0), (self.transition, 1), (self.emission, 1))

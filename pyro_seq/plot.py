@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from pyro_seq.infer.posterior import Posterior
+from pyro_seq.infer.posterior import EXACT, Posterior
 
 __all__ = ["plot_comparison", "plot_posterior"]
 
 _BAND = 1.6449  # standard deviations of a 90 % interval
+_STYLES = ("--", "-", "-.")
 
 
 def _axes(ax: Any, *shape: int, **options: Any) -> Any:
@@ -56,26 +57,52 @@ def plot_posterior(posterior: Posterior, site: str | None = None, sequence: int 
 
 def plot_comparison(posteriors: Mapping[str, Posterior], site: str | None = None, sequence: int = 0, axes: Any = None
                     ) -> Any:
-    """Two panels: each method's estimate of one latent site over the data; and the log evidences with two standard
-    errors, hollow where a number is a bound.
+    """Two panels: each method's estimate of one latent site over the data, with the first method's 90 % band; and the
+    log evidences with two standard errors, hollow where a number is a bound, with a line through those that are exact.
 
+    :param posteriors: by name, as the ``posteriors`` of :func:`~pyro_seq.compare`.
+    :param site: the latent site; the first by default.
+    :param sequence: index in the batch, for the left panel; the evidences are sums over the batch.
+    :param axes: two matplotlib axes; new ones by default.
     :returns: the two matplotlib axes.
     """
-    axes = _axes(axes, 1, 2, figsize=(11, 4), width_ratios=(2, 1))
-    left, right = axes
+    axes = _axes(axes, 1, 2, figsize=(11, 4.2), width_ratios=(5, 2))
+    _estimates(axes[0], posteriors, site, sequence)
+    _evidences(axes[1], posteriors)
+    return axes
+
+
+def _estimates(ax: Any, posteriors: Mapping[str, Posterior], site: str | None, sequence: int) -> None:
+    """The first method as a broad line in its band, the others thin on top of it, so that equal ones all show."""
     for i, (name, posterior) in enumerate(posteriors.items()):
         site_here, what, times, mean, std = _line(posterior, site, sequence)
+        style = {"linewidth": 3.5, "alpha": 0.55} if i == 0 else {"linewidth": 1.3, "linestyle": _STYLES[(i - 1) % 3]}
         if i == 0:
-            _data(left, posterior, sequence, mean)
-            left.fill_between(times, mean - _BAND * std, mean + _BAND * std, color="C0", alpha=0.15, linewidth=0)
-            left.set(xlabel="time", ylabel=site_here, title=f"Estimates of {site_here} (90 % band of {name})")
-        left.plot(times, mean, color=f"C{i}", linewidth=1.2, label=f"{name}, {what}")
+            _data(ax, posterior, sequence, mean)
+            ax.fill_between(times, mean - _BAND * std, mean + _BAND * std, color="C0", alpha=0.15, linewidth=0,
+                            label=f"{name}, 90 %")
+            ax.set(xlabel="time", title=f"Estimates of {site_here}")
+            ax.margins(x=0.01)
+        ax.plot(times, mean, color=f"C{i}", label=f"{name}, {what}", **style)
+    ax.legend(frameon=False, fontsize="small", ncols=2)
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, high + 0.12 * len(posteriors) / 2 * (high - low) / 2)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _evidences(ax: Any, posteriors: Mapping[str, Posterior]) -> None:
+    bounds = False
+    for i, (name, posterior) in enumerate(posteriors.items()):
         bound = "bound" in posterior.kind
-        error = np.nan_to_num(posterior.total_standard_error)
-        right.errorbar(posterior.total_log_evidence, len(posteriors) - i, xerr=2 * error, fmt="o", color=f"C{i}",
-                       markerfacecolor="white" if bound else f"C{i}", capsize=3)
-    left.legend(frameon=False, fontsize="small")
-    right.set_yticks(range(len(posteriors), 0, -1), list(posteriors))
-    right.set(xlabel="log evidence, nats", title="Hollow: lower bound", ylim=(0.5, len(posteriors) + 0.5))
-    right.grid(axis="x", alpha=0.3)
-    return axes
+        bounds |= bound
+        value, error, row = posterior.total_log_evidence, np.nan_to_num(posterior.total_standard_error), len(posteriors) - i
+        if posterior.kind == EXACT:
+            ax.axvline(value, color=f"C{i}", alpha=0.35, linewidth=1)
+        ax.errorbar(value, row, xerr=2 * error, fmt="o", color=f"C{i}", markerfacecolor="white" if bound else f"C{i}", capsize=3)
+        ax.annotate(f"{name}, {value:.2f}", (value, row), xytext=(0, 8), textcoords="offset points", ha="center",
+                    fontsize="small")
+    ax.set(yticks=[], xlabel="log evidence, nats", ylim=(0.5, len(posteriors) + 0.6),
+           title="Log evidence (hollow: lower bound)" if bounds else "Log evidence")
+    ax.margins(x=0.3)
+    ax.locator_params(axis="x", nbins=4)
+    ax.spines[["top", "right", "left"]].set_visible(False)

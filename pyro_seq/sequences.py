@@ -248,15 +248,21 @@ class Packed:
 
     def frames(self, num_particles: int = 1) -> Iterator[Frame]:
         """One frame a step, each running sequence repeated ``num_particles`` times (a sequence's rows together)."""
+        def by_time(values: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
+            return {k: v.unbind(1) for k, v in values.items()}
+
+        x, covariates, observed = by_time(self.x), by_time(self.covariates), by_time(self.observed)
+        batch, device = self.counts[0], self.sequences.device
+        sequence = repeat_rows(self.order, num_particles)
         for t, count in enumerate(self.counts, start=1):
-            def rows(value: Tensor, t: int = t, count: int = count) -> Tensor:
-                return repeat_rows(value[:count, t - 1], num_particles)
+            def rows(values: dict[str, tuple[Tensor, ...]], t: int = t, count: int = count) -> dict[str, Tensor]:
+                return {k: repeat_rows(v[t - 1] if count == batch else v[t - 1][:count], num_particles)
+                        for k, v in values.items()}
 
             yield Frame(
-                t, count * num_particles, {k: rows(v) for k, v in self.x.items()},
-                {k: rows(v) for k, v in self.covariates.items()}, self.missing[t - 1],
-                repeat_rows(self.order[:count], num_particles), t == 1,
-                {k: rows(v) for k, v in self.observed.items()}, self.sequences.device, self.sequences)
+                t, count * num_particles, rows(x), rows(covariates), self.missing[t - 1],
+                sequence if count == batch else sequence[:count * num_particles], t == 1, rows(observed), device,
+                self.sequences)
 
     def flat(self, start: int, stop: int, num_particles: int = 1) -> Frame:
         """One frame with the rows of steps ``start..stop`` (1-based, inclusive) one step after the other."""

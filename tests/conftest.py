@@ -44,8 +44,6 @@ def row_noise(monkeypatch):
 
     Sequences are told apart by ``row_noise.ids``, one per sequence of the batch.
     """
-    import pyro_seq.engine.sites as sites
-
     class Noise:
         ids = list(range(100))
 
@@ -67,7 +65,8 @@ def row_noise(monkeypatch):
             return torch.stack(values)
 
     noise = Noise()
-    monkeypatch.setattr(sites, "draw", noise.draw)
+    monkeypatch.setattr("pyro_seq.engine.sites.draw", noise.draw)
+    monkeypatch.setattr("pyro_seq.engine.loop.draw", noise.draw)
     return noise
 
 

@@ -109,7 +109,7 @@ class VRNN(seq.SequentialModel):
         self.gru = nn.GRUCell(latent + observed, hidden)
         self.with_advance = with_advance
 
-    def can_advance(self):
+    def has_advance(self):
         return self.with_advance
 
     def start(self, rows):

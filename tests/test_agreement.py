@@ -8,7 +8,6 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
 import pyro_seq as seq
-import pyro_seq.engine.sites as engine_sites
 
 LENGTHS = torch.tensor([4, 6, 1, 5])
 
@@ -30,7 +29,8 @@ class Replayed:
 
     def __init__(self, guide, batch, monkeypatch, row_noise):
         self.guide, self.noise, self.inner, self.trace = guide, row_noise, False, None
-        monkeypatch.setattr(engine_sites, "draw", self.draw)
+        monkeypatch.setattr("pyro_seq.engine.sites.draw", self.draw)
+        monkeypatch.setattr("pyro_seq.engine.loop.draw", self.draw)
         if isinstance(guide, seq.AmortizedVariationalFilter):
             free_energy = guide._step_free_energy
 

@@ -80,6 +80,8 @@ class Family:
                                  "SequentialGuide for it")
             self.shapes = {a: tuple(v.shape[1:]) for a, v in tensors.items()}
             self.width = sum(torch.Size(s).numel() for s in self.shapes.values())
+            self.charts = {a: None if c is constraints.real else biject_to(c) for a, c in self.arguments.items()}
+            self.where = self.slices()
         if self.inner is not None:
             self.width, self.shapes = self.inner.width, self.inner.shapes
 
@@ -88,9 +90,9 @@ class Family:
         if self.inner is not None:
             return self.inner.parameters(fn.base_dist)
         parts = []
-        for argument, constraint in self.arguments.items():
+        for argument, chart in self.charts.items():
             value = getattr(fn, argument)
-            parts.append(biject_to(constraint).inv(value).reshape(value.shape[0], -1))
+            parts.append((value if chart is None else chart.inv(value)).reshape(value.shape[0], -1))
         return torch.cat(parts, -1)
 
     def distribution(self, flat: Tensor) -> Distribution:
@@ -100,12 +102,11 @@ class Family:
             if issubclass(self.kind, Independent):
                 return self.kind(inner, self.reinterpreted)
             return self.kind(inner, self.transforms)
-        rows, start, values = flat.shape[0], 0, {}
-        for argument, constraint in self.arguments.items():
-            size = torch.Size(self.shapes[argument]).numel()
-            part = flat[:, start:start + size].reshape(rows, *self.shapes[argument])
-            values[argument] = biject_to(constraint)(part)
-            start += size
+        rows, values = flat.shape[0], {}
+        for argument, chart in self.charts.items():
+            part = flat[:, self.where[argument]]
+            part = part if len(self.shapes[argument]) == 1 else part.reshape(rows, *self.shapes[argument])
+            values[argument] = part if chart is None else chart(part)
         return self.kind(**values)
 
     def slices(self) -> dict[str, slice]:

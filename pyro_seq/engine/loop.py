@@ -10,16 +10,16 @@ Every forward method is this loop with its own guide and its own ``between``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import pyro
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
-from pyro_seq.engine.sites import Site, StepSites
-from pyro_seq.engine.state import State, check_state, leaves, map_state
-from pyro_seq.sequences import Frame, Sequences
+from pyro_seq.engine.sites import Site, StepSites, draw
+from pyro_seq.engine.state import State, by_step, check_state, leaves, map_state
+from pyro_seq.sequences import Frame, Sequences, repeat_rows
 
 __all__ = ["Between", "Step", "forward", "propagate", "simulate", "weighted_step"]
 
@@ -46,11 +46,10 @@ class Step(NamedTuple):
     """``(n * N,)`` a further objective of the guide's own, to be minimised, where it has one."""
 
 
-def weighted_step(model: Any, guide: Any, state: State, frame: Frame, prepared: Any
+def weighted_step(model: Any, guide: Any, state: State, frame: Frame, encoding: Any
                   ) -> tuple[dict[str, Site], State, Tensor]:
     """Draw the latents from the guide, score the model's step: ``(sites, new state, (rows,) log weights)``."""
-    with StepSites(frame) as emitted:
-        proposal = guide.propose(state, frame, prepared, emitted)
+    proposal = guide.propose(state, frame, encoding)
     with StepSites(frame, proposal, impute=model.missing_feeds_state) as step:
         after = model.apply(state, frame)
     if hasattr(proposal, "check_all_used"):
@@ -83,11 +82,11 @@ def forward(model: Any, guide: Any, sequences: Sequences, num_particles: int = 1
         allows.
     """
     model.check_inputs(sequences)
-    prepared = guide.prepare_rows(sequences)
     packed = sequences.packed
+    encodings = by_step(map_state(packed.sort, guide.prepare_rows(sequences)), sequences.num_steps)
     state: State = None
     log_weights: Tensor | None = None
-    count = 0
+    plan, checks = _Plan(), CheckedOnce()
     for frame in packed.frames(num_particles):
         running = packed.counts[frame.t - 1]
         ancestors, increment, auxiliary = None, None, None
@@ -103,39 +102,76 @@ def forward(model: Any, guide: Any, sequences: Sequences, num_particles: int = 1
                     if ancestors is not None:
                         state = select(state, ancestors)
         before = state
-        with checked_once(frame.first):
+        encoding = map_state(lambda leaf, n=running: repeat_rows(leaf[:n], num_particles), encodings[frame.t - 1])
+        with checks:
             if score:
-                sites, state, increment = weighted_step(model, guide, state, frame, prepared)
+                sites, state, increment = weighted_step(model, guide, state, frame, encoding)
                 increment = increment.reshape(running, num_particles)
                 log_weights = increment if log_weights is None else log_weights + increment
             else:
-                sites, state, auxiliary, count = _draw_step(model, guide, state, frame, prepared, count)
+                sites, state, auxiliary = _draw_step(model, guide, state, frame, encoding, plan)
         yield Step(frame, sites, before, state, log_weights, increment, ancestors, auxiliary)
 
 
-def checked_once(first: bool) -> Any:
+class CheckedOnce:
     """The first step checks every argument of every distribution; the later ones run without, for speed."""
-    return nullcontext() if first else pyro.settings.context(validate_distributions_torch=False)
+
+    def __init__(self) -> None:
+        self.usual = bool(pyro.settings.get("validate_distributions_torch"))
+        self.first = True
+
+    def __enter__(self) -> None:
+        Distribution.set_default_validate_args(self.usual and self.first)
+
+    def __exit__(self, *error: Any) -> None:
+        self.first = False
+        Distribution.set_default_validate_args(self.usual)
 
 
-def _draw_step(model: Any, guide: Any, state: State, frame: Frame, prepared: Any, count: int
-               ) -> tuple[dict[str, Site], State, Tensor | None, int]:
-    """Draw the latents and advance. A first step, or one with gaps that feed the state, runs whole.
+class _Plan:
+    """What the first whole steps of a drawing loop have shown of the model."""
 
-    ``count`` is the number of latents of a step, known once one has run whole.
+    def __init__(self) -> None:
+        self.seen = 0
+        self.latents: tuple[str, ...] = ()
+        """Names, in the order they are sampled."""
+        self.state_is_latent = True
+        """Whether a step returns the very value of its one latent."""
+
+    def see(self, sites: dict[str, Site], after: State) -> None:
+        values = [site.value for site in sites.values() if not site.observed]
+        self.seen += 1
+        self.latents = tuple(name for name, site in sites.items() if not site.observed)
+        self.state_is_latent = self.state_is_latent and len(values) == 1 and after is values[0]
+
+
+def _draw_step(model: Any, guide: Any, state: State, frame: Frame, encoding: Any, plan: _Plan
+               ) -> tuple[dict[str, Site], State, Tensor | None]:
+    """Draw the latents and advance the state.
+
+    The first two steps, and steps with gaps that feed the state, run whole. After that the emission is not run, and
+    neither is the prior if the guide does not read it.
     """
-    with StepSites(frame) as emitted:
-        proposal = guide.propose(state, frame, prepared, emitted)
-    if frame.first or not model.can_advance() or (frame.missing and model.missing_feeds_state):
+    proposal = guide.propose(state, frame, encoding)
+    gaps = frame.missing and model.missing_feeds_state
+    if plan.seen >= 2 and not gaps and not guide.reads_prior and (plan.state_is_latent or model.has_advance()):
+        sites = {}
+        for name in plan.latents:
+            q, value = proposal(name, None)
+            sites[name] = Site(name, draw(q, name, frame) if value is None else value, None, q, False, None, 1.0, None)
+        values = {name: site.value.detach() if guide.greedy else site.value for name, site in sites.items()}
+        after = values[plan.latents[0]] if plan.state_is_latent else model.advance_from(state, values, frame)
+    elif plan.seen >= 2 and not gaps and model.can_draw_latents():
+        sites, after = model.draw_latents(state, frame, proposal, len(plan.latents), guide.greedy)
+    else:
         with StepSites(frame, proposal, impute=model.missing_feeds_state, detach=guide.greedy) as step:
             after = model.apply(state, frame)
-        check_step(model, step.sites, state, after, frame)
-        count = len(step.latents)
-    else:
-        step, after = model.draw_latents(state, frame, proposal, count, guide.greedy)
+        sites = step.sites
+        check_step(model, sites, state, after, frame)
+        plan.see(sites, after)
     if hasattr(proposal, "check_all_used"):
         proposal.check_all_used()
-    return step.sites, after, getattr(proposal, "auxiliary", None), count
+    return sites, after, getattr(proposal, "auxiliary", None)
 
 
 def select(state: State, ancestors: Tensor) -> State:

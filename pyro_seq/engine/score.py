@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
 from pyro_seq.engine.families import concatenate
-from pyro_seq.engine.loop import Step, checked_once
+from pyro_seq.engine.loop import CheckedOnce, Step
 from pyro_seq.engine.missing import score_entries
 from pyro_seq.engine.sites import Site, StepSites
 from pyro_seq.engine.state import join_states
@@ -52,6 +52,7 @@ def terms(model: Any, packed: Packed, steps: list[Step], num_particles: int, ana
     """The terms of the bound from a loop that only drew."""
     found: dict[str, list[Term]] = {}
     split = 1 if model.begin(steps[0].frame) is None else 0
+    checks = CheckedOnce()
     for start, stop in ((0, split), (split, len(steps))):
         if start == stop:
             continue
@@ -61,7 +62,7 @@ def terms(model: Any, packed: Packed, steps: list[Step], num_particles: int, ana
                   if not part[0].sites[name].observed}
         if model.missing_feeds_state:
             values.update(_imputed(part))
-        with checked_once(start == 0), StepSites(frame, values=values) as scored:
+        with checks, StepSites(frame, values=values) as scored:
             model.apply(join_states([step.before for step in part]), frame)
         _same_sites(set(part[-1].sites), scored.sites)
         for name, site in scored.sites.items():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_state", "flatten_state", "join_states", "leaves", "map_state"]
+__all__ = ["by_step", "check_state", "flatten_state", "join_states", "leaves", "map_state"]
 
 State = Any
 """``None`` (before the first step of a state-space model), a tensor, or a nested tuple, list or dict of tensors."""
@@ -61,3 +61,16 @@ def check_state(state: State, rows: int, where: str, like: State = None) -> None
         if [tuple(v.shape[1:]) for v in found] != [tuple(v.shape[1:]) for v in before]:
             raise ValueError(f"{where} changed the shape of the state from {[tuple(v.shape) for v in before]} to "
                              f"{[tuple(v.shape) for v in found]}: a state keeps its structure and shapes")
+
+
+def by_step(encodings: State, steps: int) -> list[State]:
+    """Encodings ``(B, T, ...)`` as one state ``(B, ...)`` a step. Unbound once, since indexing costs a copy of the whole
+    in every step's backward pass."""
+    if encodings is None:
+        return [None] * steps
+    if isinstance(encodings, Tensor):
+        return list(encodings.unbind(1))
+    if isinstance(encodings, dict):
+        parts = {key: by_step(value, steps) for key, value in encodings.items()}
+        return [{key: parts[key][t] for key in parts} for t in range(steps)]
+    return [type(encodings)(part) for part in zip(*(by_step(value, steps) for value in encodings), strict=True)]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_seq.engine.sites import PyroSites
-from pyro_seq.engine.state import State, map_state
+from pyro_seq.engine.state import State, by_step, map_state
 from pyro_seq.sequences import Sequences
 
 __all__ = ["unroll"]
@@ -31,7 +31,7 @@ def unroll(model: Any, sequences: Sequences, guide: Any = None, *, plate_size: i
     if plate_size is not None and plate_size < batch:
         raise ValueError(f"plate_size={plate_size} is smaller than the batch of {batch} sequences: it is the number of "
                          "sequences in the whole data set")
-    prepared = guide.prepare_rows(sequences) if guide is not None else None
+    encodings = by_step(guide.prepare_rows(sequences) if guide is not None else None, steps)
     subsample = None if plate_size is None else torch.arange(batch, device=sequences.device)
     plate = nullcontext() if model.state_grows else pyro.plate(
         "sequences", batch if plate_size is None else plate_size, dim=-1, subsample=subsample)
@@ -51,8 +51,8 @@ def unroll(model: Any, sequences: Sequences, guide: Any = None, *, plate_size: i
 
             options: dict[str, Any] = {"impute": model.missing_feeds_state}
             if guide is not None:
-                with PyroSites(rename, frame, running) as emitted:
-                    options["proposal"] = guide.propose(state, frame, prepared, emitted)
+                emit = PyroSites(rename, frame, running)
+                options["proposal"] = guide.propose(state, frame, encodings[t - 1], emit)
             with PyroSites(rename, frame, running, **options) as sites:
                 try:
                     after = model.apply(state, frame)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, kl_divergence
 
 from pyro_seq.engine.sites import StepSites
-from pyro_seq.engine.state import State, map_state
+from pyro_seq.engine.state import State, by_step, map_state
 from pyro_seq.guides.network import Head, NetworkGuide
-from pyro_seq.sequences import Frame, Sequences
+from pyro_seq.sequences import Frame, Sequences, repeat_rows
 
 __all__ = ["AmortizedVariationalFilter"]
 
@@ -79,15 +79,17 @@ class AmortizedVariationalFilter(NetworkGuide):
         if preset == "paper":
             self.update: nn.Module = _Highway(width, 1024 if hidden is None else hidden)
         else:
-            inputs = self.frame_width + self.state_width + (4 if gradient else 2) * width
-            self.update = Head(inputs, 128 if hidden is None else hidden, 2 * width)
+            added = self.state_width + (4 if gradient else 2) * width
+            self.update = Head(self.frame_width, added, 128 if hidden is None else hidden, 2 * width)
         self._finish()
 
-    def prepare_rows(self, sequences: Sequences) -> None:
-        self._check_width(sequences.frame(1))
+    def prepare_rows(self, sequences: Sequences) -> Tensor | None:
+        """``(B, T, hidden + outputs)``: what each frame adds to the update network."""
+        frames = self.all_frames(sequences)
+        return None if self.preset == "paper" else self.update.prepare(frames)
 
-    def propose(self, state: State, frame: Frame, prepared: None, emitted: Any = None) -> _Moved:
-        return self._refine(state, frame)[0]
+    def propose(self, state: State, frame: Frame, encoding: Tensor | None, emit: Any = None) -> _Moved:
+        return self._refine(state, frame, encoding)[0]
 
     def free_energy(self, x: Any = None, lengths: Any = None, *, num_particles: int = 1, mask: Any = None,
                     **covariates: Any) -> Tensor:
@@ -102,20 +104,22 @@ class AmortizedVariationalFilter(NetworkGuide):
     def _free_energy(self, sequences: Sequences, num_particles: int) -> Tensor:
         packed, model = sequences.packed, self.model
         model.check_inputs(sequences)
-        self.prepare_rows(sequences)
+        encodings = by_step(map_state(packed.sort, self.prepare_rows(sequences)), sequences.num_steps)
         out = torch.zeros(self.iterations + 1, sequences.num_sequences, sequences.num_steps, dtype=self.dtype,
                           device=sequences.device)
         state = None
         for frame in packed.frames(num_particles):
             state = model.begin(frame) if frame.first else map_state(lambda leaf, n=frame.rows: leaf[:n], state)
-            proposal, energies = self._refine(state, frame, every=True)
             count = packed.counts[frame.t - 1]
+            encoding = map_state(lambda leaf, n=count: repeat_rows(leaf[:n], num_particles), encodings[frame.t - 1])
+            proposal, energies = self._refine(state, frame, encoding, every=True)
             out[:, :count, frame.t - 1] = torch.stack(energies).reshape(-1, count, num_particles).mean(-1)
             with StepSites(frame, proposal, impute=model.missing_feeds_state):
                 state = model.apply(state, frame)
         return packed.unsort(out.transpose(0, 1)).transpose(0, 1)
 
-    def _refine(self, state: State, frame: Frame, every: bool = False) -> tuple[_Moved, list[Tensor]]:
+    def _refine(self, state: State, frame: Frame, encoding: Tensor | None, every: bool = False
+                ) -> tuple[_Moved, list[Tensor]]:
         """The refined proposal of one step, and the free energies met on the way."""
         state = map_state(lambda leaf: leaf.detach(), state) if self.greedy else state
         training = torch.is_grad_enabled()
@@ -143,7 +147,7 @@ class AmortizedVariationalFilter(NetworkGuide):
                 term = (moved * gradient.nan_to_num()).sum(-1)
                 auxiliary = term if auxiliary is None else auxiliary + term
             if features is None:
-                features = self._features(state, frame, proposal)
+                features = self._features(state, frame, encoding, proposal)
             with torch.set_grad_enabled(training):
                 moved = self._update(features, point.detach(), gradient, proposal)
         result = _Moved(self, moved)
@@ -169,13 +173,13 @@ class AmortizedVariationalFilter(NetworkGuide):
     def _width(self) -> int:
         return next(reversed(self.slices.values())).stop
 
-    def _features(self, state: State, frame: Frame, proposal: _Moved) -> list[Tensor]:
+    def _features(self, state: State, frame: Frame, encoding: Tensor | None, proposal: _Moved) -> list[Tensor]:
         """What does not change from one iteration to the next."""
         starts = torch.cat([self.parameter_units[name](proposal.starts[name]) for name in self.families], -1)
         if self.preset == "paper":
             return [proposal.all_starts().detach()]
         state_features = self.state_features(state, frame.rows)
-        return [self.frame_features(frame), *([] if state_features is None else [state_features]), starts]
+        return [encoding, *([] if state_features is None else [state_features]), starts]
 
     def _update(self, features: list[Tensor], moved: Tensor, gradient: Tensor | None, proposal: _Moved) -> Tensor:
         if gradient is not None:

@@ -17,34 +17,57 @@ __all__ = ["Head", "NetworkGuide", "Standardise"]
 
 
 class Standardise(nn.Module):
-    """``(v - center) / spread``, with zero where ``v`` is missing; the moments are saved with the guide."""
+    """``(v - center) / spread``, and back; the moments are saved with the guide."""
 
     def __init__(self, moments: Moments):
         super().__init__()
         self.register_buffer("center", moments.center.clone())
         self.register_buffer("spread", moments.spread.clone())
+        self.register_buffer("shift", -moments.center / moments.spread)
+        self.register_buffer("scale", 1 / moments.spread)
 
     def forward(self, value: Tensor) -> Tensor:
-        return (value - self.center) / self.spread
+        return torch.addcmul(self.shift, value, self.scale)
+
+    def inverse(self, value: Tensor) -> Tensor:
+        return torch.addcmul(self.center, value, self.spread)
 
 
 class Head(nn.Module):
-    """A one-hidden-layer network beside a linear map, both from zero: ``(rows, inputs) -> (rows, outputs)``."""
+    """A one-hidden-layer network beside a linear map, both from zero: features to ``outputs``.
 
-    def __init__(self, inputs: int, hidden: int, outputs: int):
+    What is known of all times beforehand goes through :meth:`prepare` at once; what each step adds, through the call.
+
+    :param known: width of the features known beforehand.
+    :param added: width of the features added at each step.
+    """
+
+    def __init__(self, known: int, added: int, hidden: int, outputs: int):
         super().__init__()
         self.hidden = hidden
-        self.inputs = nn.Linear(inputs, hidden + outputs)
+        both = nn.Linear(known + added, hidden + outputs)
+        with torch.no_grad():
+            both.weight[hidden:].zero_()
+            both.bias[hidden:].zero_()
+        self.known = nn.Linear(known, hidden + outputs)
+        self.known.weight.data = both.weight.data[:, :known].clone()
+        self.known.bias.data = both.bias.data.clone()
+        self.added = nn.Parameter(both.weight.data[:, known:].T.contiguous()) if added else None
         self.output = nn.Linear(hidden, outputs)
         with torch.no_grad():
-            self.inputs.weight[hidden:].zero_()
-            self.inputs.bias[hidden:].zero_()
             self.output.weight.zero_()
             self.output.bias.zero_()
 
-    def forward(self, *features: Tensor) -> Tensor:
-        both = self.inputs(torch.cat(features, -1) if len(features) > 1 else features[0])
-        return both[..., self.hidden:] + self.output(nn.functional.elu(both[..., :self.hidden]))
+    def prepare(self, known: Tensor) -> Tensor:
+        """``(..., known)`` to ``(..., hidden + outputs)``."""
+        return self.known(known)
+
+    def forward(self, prepared: Tensor, *added: Tensor) -> Tensor:
+        """``(rows, hidden + outputs)`` and features of ``added`` in all to ``(rows, outputs)``."""
+        if added:
+            prepared = torch.addmm(prepared, torch.cat(added, -1) if len(added) > 1 else added[0], self.added)
+        hidden, direct = prepared.split((self.hidden, prepared.shape[-1] - self.hidden), -1)
+        return direct + self.output(nn.functional.elu(hidden))
 
 
 class NetworkGuide(SequentialGuide):
@@ -123,13 +146,13 @@ class NetworkGuide(SequentialGuide):
             raise ValueError(f"{type(self).__name__} was built for frames of {len(self.frame_units.center)} numbers (data "
                              f"and covariates) and is given {width}: build it with like= such data")
 
-    def family(self, name: str, prior: Distribution) -> Any:
-        """The family of a latent site, checked against the prior it has now."""
+    def family(self, name: str, prior: Distribution | None) -> Any:
+        """The family of a latent site, checked against the prior it has now, if that was computed."""
         family = self.families.get(name)
         if family is None:
             raise ValueError(f"the model samples the latent site {name!r}, which it did not when this guide was built "
                              f"(sites {sorted(self.families)}). If {name!r} is data, the model forgot obs={name}")
-        if not family.same(prior):
+        if prior is not None and not family.same(prior):
             raise ValueError(f"site {name!r} is {type(prior).__name__} with event_shape {tuple(prior.event_shape)}; the "
                              f"guide was built for {family.kind.__name__} with {family.event}")
         return family

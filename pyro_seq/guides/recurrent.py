@@ -11,7 +11,6 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from pyro_seq.engine.sites import Proposal
 from pyro_seq.engine.state import State
-from pyro_seq.guide import at_frame
 from pyro_seq.guides.network import Head, NetworkGuide
 from pyro_seq.sequences import Frame, Sequences
 
@@ -61,39 +60,38 @@ class FilteringGuide(NetworkGuide):
         super().__init__(model, like=like, encoder=encoder, global_guide=global_guide, name=name)
         if cell is not None and cell not in _CELLS:
             raise ValueError(f"cell={cell!r}; it is one of {sorted(_CELLS)}, or None to read the current frame alone")
-        self.residual = residual
+        self.residual = self.reads_prior = residual
         self.rnn = None if cell is None else _CELLS[cell](
             self.frame_width, hidden, batch_first=True, bidirectional=self.bidirectional)
         # The current frame goes round the recurrence as well, so that a linear filter is exactly in reach.
         encoded = self.frame_width + (0 if cell is None else hidden * (2 if self.bidirectional else 1))
         self.heads = nn.ModuleDict({
-            site: Head(encoded + self.state_width + (family.width if residual else 0), hidden,
+            site: Head(encoded, self.state_width + (family.width if residual else 0), hidden,
                        family.width * (2 if residual else 1))
             for site, family in self.families.items()})
         self._finish()
 
-    def prepare_rows(self, sequences: Sequences) -> Tensor:
-        """``(B, T, encoded)``: each frame and the recurrent encoding up to it."""
+    def prepare_rows(self, sequences: Sequences) -> dict[str, Tensor]:
+        """For each latent site, ``(B, T, hidden + outputs)``: what each frame and the encoding up to it add to its head."""
         frames = self.all_frames(sequences)
-        return frames if self.rnn is None else torch.cat([frames, self._encode(frames, sequences.lengths)], -1)
+        if self.rnn is not None:
+            frames = torch.cat([frames, self._encode(frames, sequences.lengths)], -1)
+        return {site: head.prepare(frames) for site, head in self.heads.items()}
 
     def _encode(self, frames: Tensor, lengths: Tensor) -> Tensor:
         return self.rnn(frames)[0]
 
-    def propose(self, state: State, frame: Frame, prepared: Tensor, emitted: Any = None) -> Proposal:
-        features = [at_frame(prepared, frame)]
-        state_features = self.state_features(state, frame.rows)
-        if state_features is not None:
-            features.append(state_features)
-        together = torch.cat(features, -1)
+    def propose(self, state: State, frame: Frame, encoding: dict[str, Tensor], emit: Any = None) -> Proposal:
+        features = self.state_features(state, frame.rows)
+        features = [] if features is None else [features]
 
-        def proposal(name: str, prior: Distribution) -> tuple[Distribution, None]:
-            family = self.family(name, prior)
-            units = self.parameter_units[name]
+        def proposal(name: str, prior: Distribution | None) -> tuple[Distribution, None]:
+            family, units = self.family(name, prior), self.parameter_units[name]
             if not self.residual:
-                return family.distribution(units.center + units.spread * self.heads[name](together)), None
+                out = self.heads[name](encoding[name], *features)
+                return family.distribution(units.inverse(out)), None
             start = family.parameters(prior)
-            step, gate = self.heads[name](together, units(start)).chunk(2, -1)
+            step, gate = self.heads[name](encoding[name], *features, units(start)).chunk(2, -1)
             return family.distribution(start + family.unit(prior) * torch.sigmoid(gate) * step), None
 
         return proposal
