@@ -16,6 +16,7 @@ from torch.distributions import (
     TransformedDistribution,
     biject_to,
     constraints,
+    transform_to,
 )
 
 __all__ = ["Family", "concatenate", "expand_rows", "in_support"]
@@ -31,6 +32,12 @@ def _arguments(fn: Distribution) -> dict[str, Any]:
         if kept in names:
             names = {k: v for k, v in names.items() if k not in dropped}
     return names
+
+
+def _is_real(constraint: constraints.Constraint) -> bool:
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    return constraint is constraints.real
 
 
 class Family:
@@ -80,7 +87,7 @@ class Family:
                                  "SequentialGuide for it")
             self.shapes = {a: tuple(v.shape[1:]) for a, v in tensors.items()}
             self.width = sum(torch.Size(s).numel() for s in self.shapes.values())
-            self.charts = {a: None if c is constraints.real else biject_to(c) for a, c in self.arguments.items()}
+            self.charts = {a: None if _is_real(c) else transform_to(c) for a, c in self.arguments.items()}
             self.where = self.slices()
         if self.inner is not None:
             self.width, self.shapes = self.inner.width, self.inner.shapes

@@ -125,6 +125,11 @@ class ParticleFilter:
             cloud=cloud.quantile if kept else None, model=self.model)
 
 
+def uniform(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``(n,)`` numbers in [0, 1): all the randomness of resampling."""
+    return torch.rand(n, dtype=dtype, device=device)
+
+
 class _Cloud:
     """The weighted particles of a run, and what is measured on the way. Everything is in packed order inside."""
 
@@ -153,8 +158,7 @@ class _Cloud:
             chosen = torch.ones_like(chosen)
         if not chosen.any():
             return None, log_weights
-        uniform = torch.rand(running, dtype=log_weights.dtype, device=log_weights.device)
-        ancestors = systematic(self.weights[:running], uniform)
+        ancestors = systematic(self.weights[:running], uniform(running, log_weights.dtype, log_weights.device))
         if chosen.all():
             self.base = torch.zeros_like(self.base)
             return ancestors, torch.zeros_like(log_weights)
