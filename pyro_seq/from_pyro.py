@@ -89,7 +89,7 @@ class PyroFunction(SequentialModel):
         if not sequences.x:
             raise ValueError("a model from from_pyro runs on data; to simulate, call the function itself")
         if not self._warned:
-            self._warned = True
+            self.__dict__["_warned"] = True
             warnings.warn("a model from from_pyro replays its past at every step, which costs time in proportion to T**2; a "
                           "declared StateSpaceModel or SequentialModel costs T", stacklevel=3)
 
@@ -136,8 +136,11 @@ class _Replay(Messenger):
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         match = _NUMBERED.match(msg["name"])
+        if type(msg["fn"]).__name__ == "_Subsample":  # the function's plate, met again at every step
+            msg["stop"] = True
+            return
         if match is None or msg["done"]:
-            if match is None and type(msg["fn"]).__name__ != "_Subsample" and not msg["infer"].get("_deterministic"):
+            if match is None and not msg["infer"].get("_deterministic"):
                 raise ValueError(
                     f"site {msg['name']!r} has no step number at the end of its name: from_pyro takes models whose sample "
                     "sites are all per step; give global parameters as pyro.param, or declare a model with PyroSample")

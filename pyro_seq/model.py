@@ -91,7 +91,7 @@ class SequentialModel(SequentialModule):
         :param plate_size: sequences in the whole data set when ``x`` is a mini-batch; local terms are scaled by
             ``plate_size / B``.
         :param covariates: ``(B, T, ...)`` each.
-        :returns: the observed (or simulated) values ``(B, T, ...)``, a dict of them if there are several sites.
+        :returns: the observed (or simulated) data ``(B, T, ...)``, a dict by site if there are several.
         """
         sequences = Sequences.of(x, lengths, mask=mask, covariates=covariates)
         return self.within(unroll, self, sequences, plate_size=plate_size)
@@ -119,7 +119,12 @@ class SequentialModel(SequentialModule):
 
     def apply(self, state: State, frame: Frame) -> State:
         """Run one step on flat rows, under whatever messenger is active."""
-        return self.step(state, **self._inputs(self.step, frame, 1))
+        return self._returned(self.step(state, **self._inputs(self.step, frame, 1)), "step")
+
+    def _returned(self, state: State, method: str) -> State:
+        if state is None:
+            raise ValueError(f"{type(self).__name__}.{method} returned None: return the state that the next step reads")
+        return state
 
     def has_advance(self) -> bool:
         """Whether the state can be advanced from the latents alone."""
@@ -163,8 +168,21 @@ class SequentialModel(SequentialModule):
             given["t"] = frame.time
         return given
 
+    def data_names(self) -> set[str]:
+        """The arguments that may be left out, to simulate: the data."""
+        names: set[str] = set()
+        for method, positional in self.methods():
+            known, required, _ = accepted(method, positional)
+            names |= known - required
+        return names - {"t"}
+
     def check_inputs(self, sequences: Sequences) -> None:
-        """Raise unless the user's methods and the data and covariates name the same things."""
+        """Raise unless the user's methods and the data and covariates name the same things, in the model's type."""
+        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
+        for name, value in {**sequences.x, **sequences.covariates}.items():
+            if dtype is not None and value.is_floating_point() and value.dtype != dtype:
+                raise TypeError(f"{name!r} is {value.dtype} and the parameters of {type(self).__name__} are {dtype}; convert "
+                                f"it with {name}.to({dtype}), or the model with model.to({value.dtype})")
         given = {**sequences.x, **sequences.covariates}
         known: set[str] = {"t"}
         anything = False
@@ -250,5 +268,5 @@ class StateSpaceModel(SequentialModel):
 
     def _latent_step(self, state: State, frame: Frame) -> State:
         if state is None:
-            return self.initial(**self._inputs(self.initial, frame, 0))
-        return self.transition(state, **self._inputs(self.transition, frame, 1))
+            return self._returned(self.initial(**self._inputs(self.initial, frame, 0)), "initial")
+        return self._returned(self.transition(state, **self._inputs(self.transition, frame, 1)), "transition")

@@ -14,7 +14,7 @@ from pyro.nn import PyroModule, pyro_method
 from pyro.params import param_with_module_name
 from torch import Tensor
 
-__all__ = ["SequentialModule", "accepted"]
+__all__ = ["SequentialModule", "accepted", "require_count", "require_guide", "require_model"]
 
 
 class SequentialModule(PyroModule):
@@ -34,6 +34,12 @@ class SequentialModule(PyroModule):
         if values is not None and name in values:
             return values[name]
         return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self.__dict__.get("_values") is not None:
+            raise TypeError(f"{type(self).__name__}.{name} is set while a step runs: what a step remembers goes into the state "
+                            "it returns, since rows are resampled, sorted and scored out of order")
+        super().__setattr__(name, value)
 
     @pyro_method
     def within(self, fn: Callable[..., Any], *args: Any, globals: Mapping[str, Tensor] | None = None,
@@ -58,6 +64,8 @@ class SequentialModule(PyroModule):
 
     def global_sites(self) -> list[str]:
         """Names of the ``PyroSample`` attributes, of this module and of those inside it."""
+        if "_values" not in self.__dict__:
+            raise TypeError(f"{type(self).__name__}.__init__ does not call super().__init__(): do so first")
         return [".".join(filter(None, (self._pyro_name, prefix, name)))
                 for prefix, module in self.named_modules() if isinstance(module, PyroModule)
                 for name in module._pyro_samples]
@@ -118,3 +126,34 @@ def _signature(fn: Callable[..., Any], positional: int) -> tuple[frozenset[str],
 def accepted(method: Callable[..., Any], positional: int) -> tuple[frozenset[str], frozenset[str], bool]:
     """Of a bound method, after ``positional`` arguments: the keywords it takes, those it requires, whether it takes any."""
     return _signature(method.__func__, positional)
+
+
+def require_model(model: Any, who: str) -> None:
+    """Raise unless ``model`` is a declared model."""
+    if isinstance(model, type):
+        raise TypeError(f"{who} takes a model, not the class {model.__name__}: make one, {model.__name__}(...)")
+    if not hasattr(model, "apply") or not hasattr(model, "within"):
+        raise TypeError(f"{who} takes a SequentialModel or StateSpaceModel, not {type(model).__name__}: declare one, or wrap a "
+                        "plain Pyro function with seq.from_pyro")
+
+
+def require_guide(guide: Any, model: Any, who: str) -> None:
+    """Raise unless ``guide`` is a sequential guide made for ``model``."""
+    if isinstance(guide, type):
+        raise TypeError(f"{who} takes a guide, not the class {guide.__name__}: make one, {guide.__name__}(model)")
+    if not hasattr(guide, "propose"):
+        raise TypeError(f"guide is a {type(guide).__name__}; {who} takes a SequentialGuide, which says how one step is "
+                        "proposed")
+    if guide.model is not model:
+        raise ValueError(f"the guide was made for another {type(guide.model).__name__}: build it on the model that {who} "
+                         "is given")
+
+
+def require_count(name: str, value: Any, least: int) -> None:
+    """Raise unless ``value`` is an integer of at least ``least``."""
+    if hasattr(value, "propose"):
+        raise TypeError(f"{name} is a {type(value).__name__}: pass it by name, guide=...")
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} is not an integer")
+    if value < least:
+        raise ValueError(f"{name}={value}; at least {least} is needed")

@@ -98,6 +98,8 @@ class Sequences:
                 raise ValueError("x is a Sequences already: pass lengths, mask and covariates to Sequences.of instead")
             return x
         given = {} if x is None else dict(x) if isinstance(x, Mapping) else {"x": x}
+        if isinstance(mask, Mapping) and (unknown := sorted(set(mask) - set(given))):
+            raise ValueError(f"mask names {unknown}, which is not among the data {sorted(given)}")
         values: dict[str, Tensor] = {}
         for name, value in given.items():
             values[name], lengths = _tensor(name, value, lengths)
@@ -107,7 +109,8 @@ class Sequences:
                 raise ValueError(f"covariate {name!r} has the name of {'the time index' if name == 't' else 'the data'}"
                                  ": rename it")
             inputs[name], _ = _tensor(name, value, None)
-        batch, steps, lengths = _check_lengths({**values, **inputs}, lengths)
+        # The data says how many sequences of what length there are; covariates follow, or say so when simulating.
+        batch, steps, lengths = _check_lengths(values or ({} if lengths is not None else inputs), lengths)
         for name, value in {**values, **inputs}.items():
             if name in inputs and value.dim() >= 2 and value.shape[0] == 1:
                 value = inputs[name] = value.expand(batch, *value.shape[1:])
@@ -301,6 +304,8 @@ def _tensor(name: str, value: Any, lengths: Any) -> tuple[Tensor, Any]:
             raise TypeError(f"{name!r}: columns {bad} are not numeric; select or encode them first")
         return _from_numpy(value.to_numpy(dtype=float, na_value=np.nan))[None], lengths
     if isinstance(value, pd.Series):
+        if not pd.api.types.is_numeric_dtype(value):
+            raise TypeError(f"{name!r} is a series of type {value.dtype}, not numeric; encode it first")
         return _from_numpy(value.to_numpy(dtype=float, na_value=np.nan))[None], lengths
     if isinstance(value, (list, tuple)) and value and not all(np.isscalar(v) for v in value):
         parts = [_tensor(name, v, None)[0][0] if isinstance(v, (pd.Series, pd.DataFrame)) else
@@ -333,7 +338,7 @@ def _tensor(name: str, value: Any, lengths: Any) -> tuple[Tensor, Any]:
 
 def _from_numpy(array: np.ndarray) -> Tensor:
     """Arrays take torch's default floating type, since numpy's is float64 whatever the model's."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array).copy())
+    tensor = torch.from_numpy(np.array(array, order="C"))
     return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
 
 
@@ -346,18 +351,21 @@ def _check_lengths(values: Mapping[str, Tensor], lengths: Any) -> tuple[int, int
         raise ValueError(f"{name!r} has shape {tuple(value.shape)}: the batch or the time dimension is empty")
     if lengths is None:
         lengths = torch.full((value.shape[0],), value.shape[1], dtype=torch.long)
-    lengths = torch.as_tensor(lengths)
+    try:
+        lengths = torch.as_tensor(lengths)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"lengths={lengths!r} is not a list of integers, one per sequence") from error
     if lengths.is_floating_point() or lengths.dtype == torch.bool:
         raise TypeError(f"lengths has dtype {lengths.dtype}; integers are expected")
     if lengths.dim() == 0:
         lengths = lengths[None]
     if lengths.dim() != 1 or len(lengths) == 0:
         raise ValueError(f"lengths has shape {tuple(lengths.shape)}; one integer per sequence, (B,), is expected")
-    batch = len(lengths) if value is None else max(v.shape[0] for v in values.values())
+    batch = len(lengths) if value is None else value.shape[0]
     if len(lengths) != batch:
         raise ValueError(f"lengths has {len(lengths)} entries but {name!r} of shape {tuple(value.shape)} "
                          f"holds {batch} sequences")
-    limit = int(lengths.max()) if value is None else min(v.shape[1] for v in values.values())
+    limit = int(lengths.max()) if value is None else value.shape[1]
     bad = ((lengths < 1) | (lengths > limit)).nonzero().flatten().tolist()
     if bad:
         raise ValueError(f"lengths must lie between 1 and T = {limit}: sequence {bad[0]} has "

@@ -27,7 +27,7 @@ _DROPPED = {"logits": {"probs"}, "scale_tril": {"covariance_matrix", "precision_
 
 def _arguments(fn: Distribution) -> dict[str, Any]:
     """The constructor arguments that describe ``fn``, each with its constraint."""
-    names = dict(type(fn).arg_constraints)
+    names = dict(fn.arg_constraints)
     for kept, dropped in _DROPPED.items():
         if kept in names:
             names = {k: v for k, v in names.items() if k not in dropped}
@@ -172,7 +172,8 @@ def expand_rows(fn: Any, rows: int, name: str) -> Distribution:
         raise TypeError(f"site {name!r}: {type(fn).__name__} is not a distribution")
     raise ValueError(
         f"site {name!r} has batch_shape {shape} and event_shape {tuple(fn.event_shape)}, but the step is run on "
-        f"({rows},) rows. If the other dimensions belong to one observation, add .to_event({max(len(shape) - 1, 1)})")
+        f"({rows},) rows. If the other dimensions belong to one observation, add .to_event({max(len(shape) - 1, 1)}); a plate "
+        "inside a step is such a dimension too")
 
 
 def in_support(fn: Distribution) -> Tensor:
@@ -188,16 +189,18 @@ def in_support(fn: Distribution) -> Tensor:
         return in_support(base)
     if fn.has_enumerate_support:
         return fn.enumerate_support(expand=True)[0].detach()
+    if hasattr(fn, "component_distribution"):  # a mixture
+        return fn.component_distribution.mean.select(-1 - fn.event_dim, 0).detach()
     if getattr(support, "is_discrete", False):
-        like = next(v for a in type(fn).arg_constraints if isinstance(v := getattr(fn, a, None), Tensor))
+        like = next(v for a in fn.arg_constraints if isinstance(v := getattr(fn, a, None), Tensor))
         low = torch.as_tensor(getattr(support, "lower_bound", 0), dtype=like.dtype, device=like.device)
         return low.expand(shape)
     with torch.no_grad():
         draw = biject_to(support)
         parameter = fn
-        while not type(parameter).arg_constraints and hasattr(parameter, "base_dist"):
+        while not parameter.arg_constraints and hasattr(parameter, "base_dist"):
             parameter = parameter.base_dist
-        like = next(v for a in type(parameter).arg_constraints if isinstance(v := getattr(parameter, a, None), Tensor))
+        like = next(v for a in parameter.arg_constraints if isinstance(v := getattr(parameter, a, None), Tensor))
         return draw(torch.zeros(draw.inverse_shape(shape), dtype=like.dtype, device=like.device)).expand(shape)
 
 
@@ -211,7 +214,7 @@ def concatenate(fns: list[Distribution]) -> Distribution | None:
     if isinstance(head, Independent):
         base = concatenate([fn.base_dist for fn in fns])
         return None if base is None else type(head)(base, head.reinterpreted_batch_ndims)
-    if isinstance(head, TorchDistribution) and not type(head).arg_constraints:
+    if isinstance(head, TorchDistribution) and not head.arg_constraints:
         return None
     arguments = _arguments(head)
     if not arguments:

@@ -50,11 +50,12 @@ def weighted_step(model: Any, guide: Any, state: State, frame: Frame, encoding: 
                   ) -> tuple[dict[str, Site], State, Tensor]:
     """Draw the latents from the guide, score the model's step: ``(sites, new state, (rows,) log weights)``."""
     proposal = guide.propose(state, frame, encoding)
+    versions = [leaf._version for leaf in leaves(state)]
     with StepSites(frame, proposal, impute=model.missing_feeds_state) as step:
         after = model.apply(state, frame)
     if hasattr(proposal, "check_all_used"):
         proposal.check_all_used()
-    check_step(model, step.sites, state, after, frame)
+    check_step(model, step.sites, state, after, frame, versions)
     return step.sites, after, step_log_weight(step.sites, frame)
 
 
@@ -86,7 +87,7 @@ def forward(model: Any, guide: Any, sequences: Sequences, num_particles: int = 1
     encodings = by_step(map_state(packed.sort, guide.prepare_rows(sequences)), sequences.num_steps)
     state: State = None
     log_weights: Tensor | None = None
-    plan, checks = _Plan(), CheckedOnce()
+    plan, checks, names = _Plan(), CheckedOnce(), None
     for frame in packed.frames(num_particles):
         running = packed.counts[frame.t - 1]
         ancestors, increment, auxiliary = None, None, None
@@ -110,7 +111,17 @@ def forward(model: Any, guide: Any, sequences: Sequences, num_particles: int = 1
                 log_weights = increment if log_weights is None else log_weights + increment
             else:
                 sites, state, auxiliary = _draw_step(model, guide, state, frame, encoding, plan)
+        names = _same_latents(model, names, sites, frame)
         yield Step(frame, sites, before, state, log_weights, increment, ancestors, auxiliary)
+
+
+def _same_latents(model: Any, names: set[str] | None, sites: dict[str, Site], frame: Frame) -> set[str]:
+    """The latent names of a step, which are those of the first one."""
+    found = {name for name, site in sites.items() if not site.observed}
+    if names is not None and found != names:
+        raise ValueError(f"{type(model).__name__} samples the latent sites {sorted(names)} at the first step and "
+                         f"{sorted(found)} at time {frame.t}: a step samples the same sites each time, under the same names")
+    return found
 
 
 class CheckedOnce:
@@ -164,10 +175,11 @@ def _draw_step(model: Any, guide: Any, state: State, frame: Frame, encoding: Any
     elif plan.seen >= 2 and not gaps and model.can_draw_latents():
         sites, after = model.draw_latents(state, frame, proposal, len(plan.latents), guide.greedy)
     else:
+        versions = [leaf._version for leaf in leaves(state)]
         with StepSites(frame, proposal, impute=model.missing_feeds_state, detach=guide.greedy) as step:
             after = model.apply(state, frame)
         sites = step.sites
-        check_step(model, sites, state, after, frame)
+        check_step(model, sites, state, after, frame, versions)
         plan.see(sites, after)
     if hasattr(proposal, "check_all_used"):
         proposal.check_all_used()
@@ -183,20 +195,37 @@ def select(state: State, ancestors: Tensor) -> State:
     return map_state(lambda leaf: leaf.index_select(0, flat), state)
 
 
-def check_step(model: Any, sites: dict[str, Site], before: State, after: State, frame: Frame) -> None:
-    """What a user can get wrong in a step, checked where it is cheap: at the first steps, and wherever values are
+def check_step(model: Any, sites: dict[str, Site], before: State, after: State, frame: Frame, versions: list[int]
+               ) -> None:
+    """What a user can get wrong in a step, checked where it is cheap: at the first two, and wherever values are
     missing."""
+    if isinstance(frame.t, int) and frame.t <= 2:
+        observed = {name for name, site in sites.items() if site.observed}
+        check_shape_of_step(model, observed, set(sites) - observed, before, after, frame, versions)
+    if frame.missing and model.missing_feeds_state:
+        check_not_nan(model, after)
+
+
+def check_shape_of_step(model: Any, observed: set[str], latent: set[str], before: State, after: State, frame: Frame,
+                        versions: list[int]) -> None:
+    """Raise if a step forgot to observe its data, or returns a state that cannot be carried on."""
     name = type(model).__name__
-    if isinstance(frame.t, int) and frame.t <= 2 and not getattr(model, "state_grows", False):
+    forgotten = sorted(latent & set(frame.x))
+    if frame.x and (forgotten or not observed):
+        raise ValueError(f"{name} was given data {sorted(frame.x)} but does not observe {forgotten or 'any of it'}; its sites "
+                         f"{sorted(latent)} are latent: pass obs= in pyro.sample, e.g. pyro.sample('x', ..., obs=x)")
+    if not model.state_grows:
         check_state(after, frame.rows, f"the step of {name}", before)
-        if frame.x and not any(site.observed for site in sites.values()):
-            drawn = [n for n, site in sites.items() if not site.observed]
-            raise ValueError(f"{name} was given data {sorted(frame.x)} but observes none of it; its sites {drawn} are all "
-                             f"latent: pass obs= in pyro.sample, e.g. pyro.sample('x', ..., obs=x)")
-    if frame.missing and model.missing_feeds_state and any(
-            bool(leaf.isnan().any()) for leaf in leaves(after) if leaf.is_floating_point()):
-        raise ValueError(f"the state of {name} is NaN after a step with missing data: the recurrence read the data as "
-                         "given. Let it read the value that pyro.sample returns, x = pyro.sample('x', ..., obs=x), in "
+    if versions != [leaf._version for leaf in leaves(before)]:
+        raise ValueError(f"the step of {name} changes its state in place (as in h += 1): return a new tensor, h = h + 1, since "
+                         "the old one is still needed")
+
+
+def check_not_nan(model: Any, after: State) -> None:
+    """Raise if missing data has reached the state."""
+    if any(bool(leaf.isnan().any()) for leaf in leaves(after) if leaf.is_floating_point()):
+        raise ValueError(f"the state of {type(model).__name__} is NaN after a step with missing data: the recurrence read the "
+                         "data as given. Let it read the value that pyro.sample returns, x = pyro.sample('x', ..., obs=x), in "
                          "which missing entries are drawn from the model")
 
 

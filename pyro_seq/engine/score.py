@@ -64,10 +64,10 @@ def terms(model: Any, packed: Packed, steps: list[Step], num_particles: int, ana
             values.update(_imputed(part))
         with checks, StepSites(frame, values=values) as scored:
             model.apply(join_states([step.before for step in part]), frame)
-        _same_sites(set(part[-1].sites), scored.sites)
-        for name, site in scored.sites.items():
-            drawn = [] if site.observed else [step.sites[name] for step in part]
-            found.setdefault(name, []).append(_term(site, drawn, analytic_kl))
+            _same_sites({n for n, site in part[-1].sites.items() if not site.observed}, scored.sites)
+            for name, site in scored.sites.items():
+                drawn = [] if site.observed else [step.sites[name] for step in part]
+                found.setdefault(name, []).append(_term(site, drawn, analytic_kl))
     return [_join(parts) for parts in found.values()]
 
 
@@ -133,8 +133,6 @@ def _imputed(steps: list[Step]) -> dict[str, Tensor]:
 
 def _same_sites(drawn: set[str], scored: dict[str, Site]) -> None:
     missing = sorted(drawn - set(scored))
-    if missing:
-        raise ValueError(f"sites {missing} appear at some steps only: a step samples the same sites each time")
     extra = sorted(n for n, site in scored.items() if not site.observed and n not in drawn)
-    if extra:
-        raise ValueError(f"latent sites {extra} appear at some steps only: a step samples the same sites each time")
+    if missing or extra:
+        raise ValueError(f"latent sites {missing + extra} appear at some steps only: a step samples the same sites each time")

@@ -11,12 +11,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import pyro
+import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_seq.engine.families import expand_rows
+from pyro_seq.engine.families import expand_rows, in_support
 from pyro_seq.engine.missing import FrozenRows, SomeEntries, fill, score_entries
 from pyro_seq.sequences import Frame
 
@@ -64,6 +65,9 @@ def draw(fn: Distribution, name: str, frame: Frame) -> Tensor:
     return fn.rsample() if fn.has_rsample else fn.sample()
 
 
+_TWICE = "site {name!r} is sampled twice in one step: a site appears once a step; the time index is added for you"
+
+
 class StepSites(Messenger):
     """Run one step of a model on flat rows, for the engine.
 
@@ -88,6 +92,8 @@ class StepSites(Messenger):
         return {name: site for name, site in self.sites.items() if not site.observed}
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if type(msg["fn"]).__name__ == "_Subsample":  # a plate of the user's own: none of the handlers' outside
+            msg["stop"] = True
         if msg["done"] or type(msg["fn"]).__name__ == "_Subsample":
             return
         msg["stop"] = msg["done"] = True
@@ -95,8 +101,7 @@ class StepSites(Messenger):
             return
         name, frame, present, q = msg["name"], self.frame, None, None
         if name in self.sites:
-            raise ValueError(f"site {name!r} is sampled twice in one step: a site appears once a step; the time index "
-                             "is added for you")
+            raise ValueError(_TWICE.format(name=name))
         p = expand_rows(msg["fn"], frame.rows, name)
         if msg["is_observed"]:
             value = _observed_value(name, p, msg["value"], frame)
@@ -136,17 +141,28 @@ class PyroSites(Messenger):
         self.proposal, self.impute = proposal, impute
         self.drawn: dict[str, tuple[Distribution, Tensor]] = {}
         self.observed: dict[str, Tensor] = {}
+        self.hidden: set[str] = set()
+        self.enumerates = False
         self._emitting = False
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if msg["done"] or self._emitting or type(msg["fn"]).__name__ == "_Subsample":
             return
         name = msg["name"]
+        if name in self.drawn or name in self.observed:
+            raise ValueError(_TWICE.format(name=name))
         if msg["infer"].get("_deterministic"):
             msg["name"] = self.rename(name)
             if self.proposal is not None:
                 msg["stop"] = msg["done"] = True
             return
+        shape = tuple(getattr(msg["fn"], "batch_shape", (None,)))
+        if len(shape) < 2 or shape[-1] not in (1, self.frame.rows):
+            msg["fn"] = expand_rows(msg["fn"], self.frame.rows, name)
+            if msg["is_observed"]:
+                msg["value"] = _observed_value(name, msg["fn"], msg["value"], self.frame)
+        if "enumerate" in msg["infer"]:
+            self.enumerates = True
         if msg["is_observed"]:
             self._observe(name, msg)
         else:
@@ -177,6 +193,7 @@ class PyroSites(Messenger):
             msg["fn"] = SomeEntries(p, present, name)
         if self.proposal is not None:
             msg["stop"] = msg["done"] = True
+            self.hidden.add(name)
 
     def _draw(self, name: str, msg: dict[str, Any]) -> None:
         if self.proposal is not None:
@@ -201,30 +218,49 @@ def _rows_last(fn: Distribution, rows: int) -> Distribution:
 
 
 def _observed_value(name: str, p: Distribution, value: Tensor, frame: Frame) -> Tensor:
-    """Check an observed value against its distribution."""
+    """Check an observed value against its distribution; whole numbers take the type of its parameters."""
     if p.event_shape == (0,):  # pyro.factor
         return value
     expected = p.shape()
     if value.shape != expected:
         hint = (": data of shape (B, T) are scalars, use (B, T, 1) for vectors of one entry"
                 if value.dim() == 1 and p.event_dim == 1 else
+                ": data of shape (B, T, 1) are vectors of one entry, use (B, T) for scalars"
+                if tuple(value.shape[1:]) == (1,) and p.event_dim == 0 else
                 ": add .to_event() to the distribution if each frame is a vector" if value.dim() > len(expected) else "")
         raise ValueError(f"site {name!r} has frames of shape {tuple(expected[1:])} but the data has frames of shape "
                          f"{tuple(value.shape[1:])}{hint}")
-    if frame.first:
+    if frame.first or not value.is_floating_point():
         like = p
         while hasattr(like, "base_dist"):
             like = like.base_dist
         parameters = [v for a in like.arg_constraints if isinstance(v := like.__dict__.get(a), Tensor)]
         if parameters:
             first = parameters[0]
+            if not value.is_floating_point() and first.is_floating_point():
+                value = value.to(first.dtype)
             if first.device != value.device:
                 raise ValueError(f"site {name!r}: the data is on {value.device} and the model on {first.device}; move "
                                  f"the data with x.to({str(first.device)!r}) or the model with model.to(...)")
             if value.is_floating_point() and first.is_floating_point() and first.dtype != value.dtype:
                 raise TypeError(f"site {name!r}: the data is {value.dtype} and the model {first.dtype}; convert the "
                                 f"data with x.to({first.dtype}) or the model with model.to({value.dtype})")
+        if frame.first:
+            _check_support(name, p, like, frame)
     return value
+
+
+def _check_support(name: str, p: Distribution, like: Distribution, frame: Frame) -> None:
+    """Check all data of a site against its support once, at the first step, if the support does not depend on anything."""
+    if frame.whole is None or name not in frame.x or isinstance(getattr(type(like), "support", None), property):
+        return
+    x = frame.whole.x[name]
+    inside = p.support.check(x if not x.is_floating_point() else torch.where(x.isnan(), in_support(p)[:1, None].to(x), x))
+    bad = (~inside.reshape(*x.shape[:2], -1).all(-1) & frame.whole.active).nonzero()
+    if len(bad):
+        b, t = bad[0].tolist()
+        raise ValueError(f"site {name!r}: the data of sequence {b} at time {t + 1} lies outside the support of "
+                         f"{type(like).__name__}, {like.support}: transform the data, or choose another distribution")
 
 
 def _present(name: str, value: Tensor, frame: Frame) -> Tensor | None:

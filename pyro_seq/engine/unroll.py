@@ -10,10 +10,12 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.poutine.runtime import apply_stack
 from torch import Tensor
 
+from pyro_seq.engine.loop import check_not_nan, check_shape_of_step
 from pyro_seq.engine.sites import PyroSites
-from pyro_seq.engine.state import State, by_step, map_state
+from pyro_seq.engine.state import State, by_step, leaves, map_state
 from pyro_seq.sequences import Sequences
 
 __all__ = ["unroll"]
@@ -36,6 +38,10 @@ def unroll(model: Any, sequences: Sequences, guide: Any = None, *, plate_size: i
     plate = nullcontext() if model.state_grows else pyro.plate(
         "sequences", batch if plate_size is None else plate_size, dim=-1, subsample=subsample)
     history = steps if model.markov_history is None else model.markov_history
+    outside = _outer_plates()
+    if guide is not None and outside:
+        raise ValueError(f"{type(guide).__name__} runs on flat rows, not inside the outer plate(s) {outside}: use "
+                         "SequentialELBO(num_particles=) for several particles, or leave vectorize_particles off")
     values: dict[str, list[Tensor]] = {}
     with plate:
         frame = sequences.frame(1)
@@ -53,26 +59,33 @@ def unroll(model: Any, sequences: Sequences, guide: Any = None, *, plate_size: i
             if guide is not None:
                 emit = PyroSites(rename, frame, running)
                 options["proposal"] = guide.propose(state, frame, encodings[t - 1], emit)
-            with PyroSites(rename, frame, running, **options) as sites:
-                try:
+            versions = [leaf._version for leaf in leaves(state)]
+            sites = PyroSites(rename, frame, running, **options)
+            try:
+                with sites:
                     after = model.apply(state, frame)
-                    if hasattr(sites.proposal, "check_all_used"):
-                        sites.proposal.check_all_used()
-                except RuntimeError as error:
-                    if len(_left_plates()) == 0:
-                        raise
-                    raise ValueError(
-                        f"{type(model).__name__} could not run step {t} inside the outer plate(s) {_left_plates()}: "
-                        "its step does not broadcast over dimensions left of the rows. Use "
-                        "SequentialELBO(num_particles=) for several particles") from error
+            except RuntimeError as error:
+                if not outside:
+                    raise
+                raise ValueError(
+                    f"{type(model).__name__} could not run step {t} inside the outer plate(s) {outside}: its step does not "
+                    "broadcast over dimensions left of the rows. Use SequentialELBO(num_particles=) for several particles"
+                ) from error
+            if hasattr(sites.proposal, "check_all_used"):
+                sites.proposal.check_all_used()
+            if t <= 2 and not outside and not sites.enumerates:
+                check_shape_of_step(model, set(sites.observed) | sites.hidden, set(sites.drawn), state, after, frame, versions)
+            if frame.missing and model.missing_feeds_state:
+                check_not_nan(model, after)
             state = _keep(running, after, state, ranks)
-            for name, value in (sites.observed or {k: v for k, (_, v) in sites.drawn.items()}).items():
+            for name, value in (sites.observed if sequences.x else {k: v for k, (_, v) in sites.drawn.items()}).items():
                 values.setdefault(name, []).append(value)
     if guide is not None:
         return {}
     stacked = {name: torch.stack(parts, dim=parts[0].dim() - _event_dim(parts[0], batch))
                for name, parts in values.items()}
-    return next(iter(stacked.values())) if len(stacked) == 1 else stacked
+    observed = {name: value for name, value in stacked.items() if sequences.x or name in model.data_names()} or stacked
+    return next(iter(observed.values())) if len(observed) == 1 else observed
 
 
 def _event_dim(value: Tensor, batch: int) -> int:
@@ -87,9 +100,10 @@ def _keep(running: Tensor | None, after: State, before: State, ranks: State) -> 
                      after, before, ranks)
 
 
-def _left_plates() -> list[str]:
-    """Plates around this program other than its own."""
-    with pyro.poutine.trace() as tr:
-        pyro.sample("_probe", pyro.distributions.Normal(0.0, 1.0), obs=torch.zeros(()), infer={"_probe": True})
-    stack = tr.trace.nodes["_probe"]["cond_indep_stack"]
-    return [frame.name for frame in stack if frame.name != "sequences"]
+def _outer_plates() -> list[str]:
+    """Vectorised plates around this program, such as Pyro's particles: a message that only plates take note of."""
+    message = {"type": "look_around", "name": "look_around", "fn": lambda: None, "args": (), "kwargs": {}, "value": None,
+               "is_observed": False, "scale": 1.0, "mask": None, "cond_indep_stack": (), "infer": {}, "done": False,
+               "stop": False, "continuation": None}
+    apply_stack(message)
+    return [frame.name for frame in message["cond_indep_stack"] if frame.vectorized]

@@ -12,6 +12,7 @@ from torch.distributions import Distribution, kl_divergence
 from pyro_seq.engine.sites import StepSites
 from pyro_seq.engine.state import State, by_step, map_state
 from pyro_seq.guides.network import Head, NetworkGuide
+from pyro_seq.module import require_count
 from pyro_seq.sequences import Frame, Sequences, repeat_rows
 
 __all__ = ["AmortizedVariationalFilter"]
@@ -64,8 +65,7 @@ class AmortizedVariationalFilter(NetworkGuide):
     def __init__(self, model: Any, iterations: int = 1, *, like: Any = None, preset: str = "default",
                  gradient: bool = True, hidden: int | None = None, encoder: nn.Module | None = None,
                  global_guide: Any = None, name: str | None = None):
-        if iterations < 1:
-            raise ValueError(f"iterations={iterations}; at least one refinement a step is needed")
+        require_count("iterations", iterations, 1)
         if preset not in ("default", "paper"):
             raise ValueError(f"preset={preset!r}; it is 'default' or 'paper'")
         super().__init__(model, like=like, encoder=encoder, global_guide=global_guide, name=name)

@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_seq.engine.families import Family
 from pyro_seq.engine.loop import propagate
 from pyro_seq.engine.state import flatten_state
-from pyro_seq.module import accepted
+from pyro_seq.module import require_model
 from pyro_seq.sequences import Sequences
 
 __all__ = ["Moments", "Probe", "probe"]
@@ -47,6 +47,7 @@ def probe(model: Any, like: Any) -> Probe:
     :param like: data, or a :class:`~pyro_seq.Sequences`, whose shapes and units the guide will meet; simulated from the
         model when ``None``.
     """
+    require_model(model, "a learned guide")
     parameter = next((p for p in model.parameters()), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     devices = [device] if device.type == "cuda" else []
@@ -87,11 +88,7 @@ def _probe(model: Any, like: Sequences) -> Probe:
 
 def _simulated(model: Any, like: Sequences) -> dict[str, Tensor]:
     """Data drawn from the model, under the names of its data arguments."""
-    names: set[str] = set()
-    for method, positional in model.methods():
-        known, required, _ = accepted(method, positional)
-        names |= known - required
-    names -= {"t", *like.covariates}
+    names = model.data_names() - set(like.covariates)
     model.check_inputs(like.simulated())
     drawn: dict[str, list[Tensor]] = {}
     for sites, _ in propagate(model, None, like.simulated().packed.frames()):

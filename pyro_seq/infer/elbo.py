@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_seq.engine.loop import Step, forward
 from pyro_seq.engine.score import Term, scores_in_one_call, stepwise_terms, terms
+from pyro_seq.module import require_count, require_guide, require_model
 from pyro_seq.sequences import Packed, Sequences
 
 __all__ = ["SequentialELBO"]
@@ -56,8 +57,9 @@ class SequentialELBO(ELBO):
 
     def __init__(self, num_particles: int = 1, *, analytic_kl: bool = True, kl_weight: float = 1.0,
                  free_bits: float = 0.0):
-        if num_particles < 1:
-            raise ValueError(f"num_particles={num_particles}; at least 1 is needed")
+        require_count("num_particles", num_particles, 1)
+        if free_bits < 0:
+            raise ValueError(f"free_bits={free_bits}; it is a number of nats, at least 0")
         if free_bits > 0 and not analytic_kl:
             raise ValueError("free_bits bounds the analytic KL: leave analytic_kl=True")
         super().__init__(num_particles=num_particles)
@@ -66,10 +68,8 @@ class SequentialELBO(ELBO):
     def differentiable_loss(self, model: Any, guide: Any, x: Any = None, lengths: Any = None, *, mask: Any = None,
                             plate_size: int | None = None, **covariates: Any) -> Tensor:
         """Minus the bound of the whole batch, with gradients."""
-        if not hasattr(guide, "propose") or not hasattr(model, "apply"):
-            raise TypeError(
-                f"SequentialELBO takes a declared model and a SequentialGuide, not {type(model).__name__} and "
-                f"{type(guide).__name__}: use seq.from_pyro(model) for a plain function, or Trace_ELBO for other guides")
+        require_model(model, "SequentialELBO")
+        require_guide(guide, model, "SequentialELBO")
         sequences = Sequences.of(x, lengths, mask=mask, covariates=covariates)
         return guide.within(self._with_guide, model, guide, sequences, plate_size)
 
@@ -104,7 +104,8 @@ class SequentialELBO(ELBO):
         one_call = scores_in_one_call(model)
         if guide.greedy and not one_call:
             raise ValueError(f"{type(guide).__name__} is trained greedily, which needs a step that is scored in one call; "
-                             f"{type(model).__name__} has dropout or batch normalisation in training mode")
+                             f"{type(model).__name__} has dropout or batch normalisation in training mode, or comes from "
+                             "from_pyro. Use preset='default'")
         steps = list(forward(model, guide, sequences, self.num_particles, score=not one_call))
         found = (terms(model, sequences.packed, steps, self.num_particles, self.analytic_kl) if one_call else
                  stepwise_terms(steps, self.analytic_kl))
@@ -151,11 +152,11 @@ def _global_terms(model: Any, guide_trace: poutine.Trace, model_trace: poutine.T
     """log p of the global parameters that were given or drawn by the guide, and minus log q of the latter."""
     found = []
     for name in model.global_sites():
-        if model_trace.nodes[name]["is_observed"]:
-            site = model_trace.nodes[name]
+        site = model_trace.nodes[name]
+        if site["is_observed"]:
             found.append(site["fn"].log_prob(site["value"]).sum())
-        if name in guide_trace:
-            site = guide_trace.nodes[name]
+    for name, site in guide_trace.nodes.items():  # an autoguide adds sites of its own to the model's
+        if site["type"] == "sample" and not site["is_observed"]:
             if not site["fn"].has_rsample:
                 raise ValueError(f"global site {name!r}: the guide's {type(site['fn']).__name__} has no pathwise "
                                  "gradient; use Trace_ELBO, or a reparameterised guide")

@@ -11,7 +11,8 @@ from torch import Tensor
 from pyro_seq.engine.state import State, leaves, map_state
 from pyro_seq.infer.linear import LinearStep, linearise
 from pyro_seq.infer.posterior import EXACT, Moments, Posterior
-from pyro_seq.infer.run import Stopwatch, entered, require_model
+from pyro_seq.infer.run import Stopwatch, entered
+from pyro_seq.module import require_model
 from pyro_seq.sequences import Sequences
 
 __all__ = ["KalmanFilter"]

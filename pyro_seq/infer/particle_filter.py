@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pyro
 import torch
 from pyro.ops.stats import weighed_quantile
 from torch import Tensor
@@ -15,7 +16,8 @@ from pyro_seq.engine.state import State, map_state
 from pyro_seq.guide import PriorGuide
 from pyro_seq.infer.posterior import UNBIASED, Moments, Posterior
 from pyro_seq.infer.resampling import systematic
-from pyro_seq.infer.run import Stopwatch, entered, require_model
+from pyro_seq.infer.run import Stopwatch, entered
+from pyro_seq.module import require_count, require_guide, require_model
 from pyro_seq.sequences import Sequences
 
 __all__ = ["ParticleFilter"]
@@ -63,16 +65,12 @@ class ParticleFilter:
     def __init__(self, model: Any, num_particles: int = 1000, *, guide: Any = None, ess_threshold: float = 0.5,
                  num_runs: int = 1, history: bool = False, progress: bool = False):
         require_model(model, "ParticleFilter")
-        if num_particles < 1 or num_runs < 1:
-            raise ValueError(f"num_particles={num_particles}, num_runs={num_runs}; each is at least 1")
+        require_count("num_particles", num_particles, 1)
+        require_count("num_runs", num_runs, 1)
         if not 0 <= ess_threshold <= 1:
             raise ValueError(f"ess_threshold={ess_threshold}; it is a share of the particles, from 0 (never resample) to 1")
-        if guide is not None and not hasattr(guide, "propose"):
-            raise TypeError(f"guide is a {type(guide).__name__}; the particle filter takes a SequentialGuide, which says "
-                            "how one step is proposed")
-        if guide is not None and guide.model is not model:
-            raise ValueError(f"the guide was made for another {type(guide.model).__name__}: build it on the model that is "
-                             "filtered")
+        if guide is not None:
+            require_guide(guide, model, "ParticleFilter")
         self.model, self.guide, self.num_particles = model, guide, num_particles
         self.ess_threshold, self.num_runs, self.history, self.progress = ess_threshold, num_runs, history, progress
 
@@ -275,7 +273,9 @@ def _not_finite(model: Any, step: Step, highest: Tensor, log_weights: Tensor) ->
         return (f"all {log_weights.shape[1]} particles have weight zero {where}: the data there is impossible under every "
                 "particle. Use more particles, a guide that reads the data, or an emission with heavier tails")
     for name, site in step.sites.items():
-        for whose, value in (("model's", site.log_p()), ("guide's", None if site.q is None else site.log_q())):
+        with pyro.settings.context(validate_distributions_torch=False):
+            densities = (("model's", site.log_p()), ("guide's", None if site.q is None else site.log_q()))
+        for whose, value in densities:
             if value is not None and (value.isnan().any() or (value == torch.inf).any()):
                 return (f"the {whose} log density of site {name!r} is NaN or infinite {where}: look for a scale that is zero "
                         "or negative, an overflow in the step, or a state that has diverged")

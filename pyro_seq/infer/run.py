@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_seq.sequences import Sequences
 
-__all__ = ["Stopwatch", "entered", "require_model"]
+__all__ = ["Stopwatch", "entered"]
 
 
 class Stopwatch:
@@ -26,12 +26,6 @@ class Stopwatch:
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self.start
-
-
-def require_model(model: Any, method: str) -> None:
-    if not hasattr(model, "apply") or not hasattr(model, "within"):
-        raise TypeError(f"{method} takes a SequentialModel or StateSpaceModel, not {type(model).__name__}: declare one, or "
-                        "wrap a plain Pyro function with seq.from_pyro")
 
 
 def entered(model: Any, guide: Any, sequences: Sequences, fn: Callable[[dict[str, Tensor]], Any]) -> Any:

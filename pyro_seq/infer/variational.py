@@ -11,7 +11,8 @@ from torch import Tensor
 from pyro_seq.engine.loop import forward, pad_rows
 from pyro_seq.engine.state import State, map_state
 from pyro_seq.infer.posterior import LOWER_BOUND, Draws, Moments, Posterior
-from pyro_seq.infer.run import Stopwatch, entered, require_model
+from pyro_seq.infer.run import Stopwatch, entered
+from pyro_seq.module import require_count, require_guide, require_model
 from pyro_seq.sequences import Sequences
 
 __all__ = ["Variational"]
@@ -46,10 +47,8 @@ class Variational:
 
     def __init__(self, model: Any, guide: Any, *, num_samples: int = 1000, bound: str = "elbo"):
         require_model(model, "Variational")
-        if not hasattr(guide, "propose"):
-            raise TypeError(f"guide is a {type(guide).__name__}; a SequentialGuide is expected")
-        if num_samples < 2:
-            raise ValueError(f"num_samples={num_samples}; at least 2 are needed for a standard error")
+        require_guide(guide, model, "Variational")
+        require_count("num_samples", num_samples, 2)
         if bound not in ("elbo", "iwae"):
             raise ValueError(f"bound={bound!r}; it is 'elbo' or 'iwae'")
         self.model, self.guide, self.num_samples, self.bound = model, guide, num_samples, bound
