@@ -1,1 +1,70 @@
 """The command line: ``pyro-seq demo``, or ``python -m pyro_seq demo``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = ["main"]
+
+_DEMO = """\
+Declare one local-level model of the annual flow of the Nile, 1871 to 1970, and infer its level in four ways: a Kalman
+filter (exact), a particle filter, and two guides trained by SVI, a filtering network and amortized variational filtering
+(AVF). Prints the log evidence by each and writes a figure. Takes a minute or two; uses no network."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    :param arguments: those after the program's name; ``sys.argv`` when omitted.
+    :returns: the exit status.
+    """
+    parser = argparse.ArgumentParser(prog="pyro-seq", description="Sequential latent variable models for Pyro.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    demo = commands.add_parser("demo", help="four inferences of one model, on the Nile series", description=_DEMO)
+    demo.add_argument("--steps", type=_at_least_one, default=400, metavar="N",
+                      help="SVI steps for each of the two guides (default: %(default)s)")
+    demo.add_argument("--output", type=_figure, default=Path("nile.png"), metavar="FILE",
+                      help="where the figure goes; its suffix says the format (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, metavar="N",
+                      help="of all random numbers; the same seed gives the same numbers (default: %(default)s)")
+    demo.set_defaults(run=_demo)
+    given = parser.parse_args(arguments)
+    return given.run(given)
+
+
+def _at_least_one(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} steps; at least 1 is needed")
+    return value
+
+
+def _figure(text: str) -> Path:
+    path = Path(text)
+    if path.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .png, .pdf or .svg")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {str(path.parent)!r}")
+    return path
+
+
+def _demo(given: argparse.Namespace) -> int:
+    from pyro_seq.demo import EXACT_LOG_EVIDENCE, as_text, compare_on_nile, save_figure
+
+    table = compare_on_nile(given.steps, given.seed)
+    print(f"""
+{as_text(table)}
+
+The exact log evidence is {EXACT_LOG_EVIDENCE} nats, by the Kalman filter. A lower bound lies below it, by as much as the guide
+differs from the posterior: neither guide sees the future, and the best filter that is linear in the current flow and the
+last level reaches about -651.7. The log of an unbiased estimate is itself biased a little low. Seconds are those of the
+run alone, without the training.""")
+    save_figure(table, given.output)
+    print(f"\nFigure: {given.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

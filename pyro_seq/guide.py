@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_seq.engine.sites import Proposal, PyroSites, StepSites
-from pyro_seq.engine.state import State
+from pyro_seq.engine.state import State, leaves
 from pyro_seq.engine.unroll import unroll
 from pyro_seq.module import SequentialModule, accepted
 from pyro_seq.sequences import Frame, Sequences
@@ -121,7 +121,13 @@ class SequentialGuide(SequentialModule):
     def prepare_rows(self, sequences: Sequences) -> Any:
         """What :meth:`prepare` says of the batch, in the user's order."""
         x = {k: v.nan_to_num() if v.is_floating_point() else v for k, v in sequences.x.items()}
-        return self.prepare(_single(x), sequences.lengths)
+        encodings = self.prepare(_single(x), sequences.lengths)
+        expected = (sequences.num_sequences, sequences.num_steps)
+        for leaf in leaves(encodings):
+            if tuple(leaf.shape[:2]) != expected:
+                raise ValueError(f"{type(self).__name__}.prepare returned a tensor of shape {tuple(leaf.shape)}; encodings are "
+                                 f"(B, T, ...) = ({expected[0]}, {expected[1]}, ...), one for each frame")
+        return encodings
 
     def propose(self, state: State, frame: Frame, encoding: Any, emit: PyroSites | None = None) -> Proposal:
         """What this step's latents are drawn from.
@@ -129,7 +135,7 @@ class SequentialGuide(SequentialModule):
         :param encoding: this frame's rows ``(rows, ...)`` of what :meth:`prepare_rows` returned.
         :param emit: in a Pyro program, the messenger that lets the sites of :meth:`step` out as the guide's.
         """
-        names, _, anything = accepted(self.step, 1)
+        names, required, anything = accepted(self.step, 1)
         x = {k: v.nan_to_num() if v.is_floating_point() else v for k, v in frame.x.items()}
         given: dict[str, Any] = {**x, **frame.covariates}
         if not anything:
@@ -139,7 +145,13 @@ class SequentialGuide(SequentialModule):
         if "observed" in names:
             given["observed"] = _single({k: ~v.isnan() for k, v in frame.x.items()})
         if "encoding" in names:
+            if encoding is None:
+                raise TypeError(f"{type(self).__name__}.step asks for encoding, but prepare returns None: return the encodings "
+                                "(B, T, ...) there")
             given["encoding"] = encoding
+        if lacking := sorted(required - set(given)):
+            raise ValueError(f"{type(self).__name__}.step asks for {lacking}; it can have {sorted(frame.x)} (data), "
+                             f"{sorted(frame.covariates)} (covariates), 'encoding', 'observed' and 't'")
         with StepSites(frame) if emit is None else emit as sites:
             self.step(state, **given)
         drawn = {name: (site.p, site.value) for name, site in sites.sites.items()} if emit is None else sites.drawn

@@ -17,6 +17,9 @@ from torch import Tensor
 __all__ = ["SequentialModule", "accepted", "require_count", "require_guide", "require_model"]
 
 
+_NO_INIT = "{name}.__init__ does not call super().__init__(): do so before anything else"
+
+
 class SequentialModule(PyroModule):
     """A :class:`~pyro.nn.PyroModule` whose attributes are read once per call.
 
@@ -37,9 +40,14 @@ class SequentialModule(PyroModule):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if self.__dict__.get("_values") is not None:
-            raise TypeError(f"{type(self).__name__}.{name} is set while a step runs: what a step remembers goes into the state "
-                            "it returns, since rows are resampled, sorted and scored out of order")
+            raise TypeError(f"{type(self).__name__} sets its attribute {name!r} while a step runs: what a step "
+                            "remembers goes into the state it returns, since rows are resampled and scored out of order")
         super().__setattr__(name, value)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if "_values" not in self.__dict__:
+            raise TypeError(_NO_INIT.format(name=type(self).__name__))
+        return super().__call__(*args, **kwargs)
 
     @pyro_method
     def within(self, fn: Callable[..., Any], *args: Any, globals: Mapping[str, Tensor] | None = None,
@@ -65,7 +73,7 @@ class SequentialModule(PyroModule):
     def global_sites(self) -> list[str]:
         """Names of the ``PyroSample`` attributes, of this module and of those inside it."""
         if "_values" not in self.__dict__:
-            raise TypeError(f"{type(self).__name__}.__init__ does not call super().__init__(): do so first")
+            raise TypeError(_NO_INIT.format(name=type(self).__name__))
         return [".".join(filter(None, (self._pyro_name, prefix, name)))
                 for prefix, module in self.named_modules() if isinstance(module, PyroModule)
                 for name in module._pyro_samples]
@@ -131,7 +139,7 @@ def accepted(method: Callable[..., Any], positional: int) -> tuple[frozenset[str
 def require_model(model: Any, who: str) -> None:
     """Raise unless ``model`` is a declared model."""
     if isinstance(model, type):
-        raise TypeError(f"{who} takes a model, not the class {model.__name__}: make one, {model.__name__}(...)")
+        raise TypeError(f"{who} takes a model, not the class {model.__name__}: make one, {model.__name__}()")
     if not hasattr(model, "apply") or not hasattr(model, "within"):
         raise TypeError(f"{who} takes a SequentialModel or StateSpaceModel, not {type(model).__name__}: declare one, or wrap a "
                         "plain Pyro function with seq.from_pyro")
@@ -156,4 +164,4 @@ def require_count(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}={value!r} is not an integer")
     if value < least:
-        raise ValueError(f"{name}={value}; at least {least} is needed")
+        raise ValueError(f"{name}={value}; it is at least {least}")

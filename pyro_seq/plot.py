@@ -25,6 +25,8 @@ def _line(posterior: Posterior, site: str | None, sequence: int) -> tuple[str, s
     found = posterior.filtered or posterior.smoothed
     site = next(iter(found)) if site is None else site
     moments = posterior._moments(site)
+    if not 0 <= sequence < posterior.sequences.num_sequences:
+        raise ValueError(f"sequence={sequence}: there are {posterior.sequences.num_sequences}, counted from 0")
     steps = int(posterior.sequences.lengths[sequence])
     mean = moments.mean[sequence, :steps].reshape(steps, -1)[:, 0].cpu().numpy()
     std = moments.std[sequence, :steps].reshape(steps, -1)[:, 0].cpu().numpy()
@@ -66,7 +68,7 @@ def plot_comparison(posteriors: Mapping[str, Posterior], site: str | None = None
     :param axes: two matplotlib axes; new ones by default.
     :returns: the two matplotlib axes.
     """
-    axes = _axes(axes, 1, 2, figsize=(11, 4.2), width_ratios=(5, 2))
+    axes = _axes(axes, 1, 2, figsize=(11, 4.5), width_ratios=(5, 2))
     _estimates(axes[0], posteriors, site, sequence)
     _evidences(axes[1], posteriors)
     return axes
@@ -82,27 +84,26 @@ def _estimates(ax: Any, posteriors: Mapping[str, Posterior], site: str | None, s
             ax.fill_between(times, mean - _BAND * std, mean + _BAND * std, color="C0", alpha=0.15, linewidth=0,
                             label=f"{name}, 90 %")
             ax.set(xlabel="time", title=f"Estimates of {site_here}")
-            ax.margins(x=0.01)
         ax.plot(times, mean, color=f"C{i}", label=f"{name}, {what}", **style)
-    ax.legend(frameon=False, fontsize="small", ncols=2)
-    low, high = ax.get_ylim()
-    ax.set_ylim(low, high + 0.12 * len(posteriors) / 2 * (high - low) / 2)
+    ax.margins(x=0.01)
     ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize="small", ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
 
 
 def _evidences(ax: Any, posteriors: Mapping[str, Posterior]) -> None:
-    bounds = False
-    for i, (name, posterior) in enumerate(posteriors.items()):
-        bound = "bound" in posterior.kind
-        bounds |= bound
+    bounds = ["bound" in posterior.kind for posterior in posteriors.values()]
+    for i, (posterior, bound) in enumerate(zip(posteriors.values(), bounds, strict=True)):
         value, error, row = posterior.total_log_evidence, np.nan_to_num(posterior.total_standard_error), len(posteriors) - i
         if posterior.kind == EXACT:
             ax.axvline(value, color=f"C{i}", alpha=0.35, linewidth=1)
-        ax.errorbar(value, row, xerr=2 * error, fmt="o", color=f"C{i}", markerfacecolor="white" if bound else f"C{i}", capsize=3)
-        ax.annotate(f"{name}, {value:.2f}", (value, row), xytext=(0, 8), textcoords="offset points", ha="center",
-                    fontsize="small")
-    ax.set(yticks=[], xlabel="log evidence, nats", ylim=(0.5, len(posteriors) + 0.6),
-           title="Log evidence (hollow: lower bound)" if bounds else "Log evidence")
-    ax.margins(x=0.3)
-    ax.locator_params(axis="x", nbins=4)
-    ax.spines[["top", "right", "left"]].set_visible(False)
+        ax.errorbar(value, row, xerr=2 * error, fmt="o", color=f"C{i}", markerfacecolor="white" if bound else f"C{i}",
+                    capsize=3)
+        ax.annotate(f"{value:.2f}".replace("-", "\N{MINUS SIGN}"), (value, row), xytext=(0, 8), ha="center",
+                    textcoords="offset points", fontsize="small")
+    ax.set_yticks(range(len(posteriors), 0, -1), list(posteriors))
+    ax.set(xlabel="log evidence, nats", ylim=(0.5, len(posteriors) + 0.6), title="Log evidence")
+    if any(bounds):
+        ax.set_xlabel("log evidence, nats\n(hollow: lower bound)")
+    ax.margins(x=0.25)
+    ax.locator_params(axis="x", nbins=4, min_n_ticks=3)
+    ax.spines[["top", "right"]].set_visible(False)

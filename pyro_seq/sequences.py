@@ -112,12 +112,14 @@ class Sequences:
         # The data says how many sequences of what length there are; covariates follow, or say so when simulating.
         batch, steps, lengths = _check_lengths(values or ({} if lengths is not None else inputs), lengths)
         for name, value in {**values, **inputs}.items():
+            shape = tuple(value.shape)
             if name in inputs and value.dim() >= 2 and value.shape[0] == 1:
                 value = inputs[name] = value.expand(batch, *value.shape[1:])
             if value.shape[0] != batch or value.shape[1] < steps:
                 raise ValueError(
-                    f"{name!r} has shape {tuple(value.shape)}, but (B, T, ...) = ({batch}, {steps}, ...) is expected: "
-                    "all data and covariates share the batch and time dimensions")
+                    f"{name!r} has shape {shape}, but (B, T, ...) = ({batch}, {steps}, ...) is expected: "
+                    "all data and covariates share the batch and time dimensions (a value without time is repeated, "
+                    "u[:, None].expand(B, T))")
         if len({v.device for v in (*values.values(), *inputs.values())}) > 1:
             where = {n: str(v.device) for n, v in {**values, **inputs}.items()}
             raise ValueError(f"data and covariates are on different devices: {where}; move them with .to(device)")
@@ -305,7 +307,7 @@ def _tensor(name: str, value: Any, lengths: Any) -> tuple[Tensor, Any]:
         return _from_numpy(value.to_numpy(dtype=float, na_value=np.nan))[None], lengths
     if isinstance(value, pd.Series):
         if not pd.api.types.is_numeric_dtype(value):
-            raise TypeError(f"{name!r} is a series of type {value.dtype}, not numeric; encode it first")
+            raise TypeError(f"{name!r} is a Series of type {value.dtype}, not numeric; encode it first")
         return _from_numpy(value.to_numpy(dtype=float, na_value=np.nan))[None], lengths
     if isinstance(value, (list, tuple)) and value and not all(np.isscalar(v) for v in value):
         parts = [_tensor(name, v, None)[0][0] if isinstance(v, (pd.Series, pd.DataFrame)) else

@@ -437,11 +437,6 @@ def float32_data_that_a_float64_model_reads_before_it_observes(run):
     run(Encoding(), torch.randn(B, T, 2).float())
 
 
-@mistake(TypeError, "'x'", "int64", "float", r"\.to\(|\.float\(|\.double\(", ways=SCORED)
-def whole_numbers_on_a_bernoulli(run):
-    run(Coins(), torch.ones(B, T, dtype=torch.long))
-
-
 @mistake(ValueError, "'x(_1)?'", "support", "sequence 2|-1", ways=SCORED)
 def data_outside_the_support_at_the_first_time(run):
     x = torch.ones(B, T)
@@ -1083,7 +1078,7 @@ def unknown_preset():
     seq.AmortizedVariationalFilter(Level(), preset="fast")
 
 
-@mistake(ValueError, "iterations=0", "at least one")
+@mistake(ValueError, "iterations=0", "at least 1")
 def avf_without_iterations():
     seq.AmortizedVariationalFilter(Level(), iterations=0)
 
@@ -1561,7 +1556,7 @@ def variational_posterior_of_an_autoguide():
 # What one does with a posterior.
 
 
-@mistake(ValueError, "horizon=0", "at least one step")
+@mistake(ValueError, "horizon=0", "at least 1")
 def prediction_of_nothing():
     particle_filter(Level(), torch.randn(B, T)).predict(0)
 

@@ -217,11 +217,10 @@ def test_sequential_elbo_with_global_parameters_equals_trace_elbo():
         import pyro_seq.engine.sites as sites
 
         original = sites.draw
-        sites.draw = loop.draw = lambda fn, name, frame: values[f"{name}_{frame.t}"]
+        sites.draw = loop.draw = lambda fn, name, frame, values=values: values[f"{name}_{frame.t}"]
         try:
             replayed = guide.draw_globals
-            guide.__dict__["draw_globals"] = lambda batch: poutine.replay(
-                lambda: replayed(batch), trace=tr.trace)()
+            guide.__dict__["draw_globals"] = poutine.replay(replayed, trace=tr.trace)
             actual = seq.SequentialELBO(analytic_kl=False).loss(model, guide, x, plate_size=plate_size)
         finally:
             sites.draw = loop.draw = original

@@ -25,6 +25,10 @@ __all__ = ["Family", "concatenate", "expand_rows", "in_support"]
 _DROPPED = {"logits": {"probs"}, "scale_tril": {"covariance_matrix", "precision_matrix"}}
 
 
+_NO_FAMILY = ("site {name!r}: {kind} cannot be learned in its own family (argument {argument!r} has no fixed range); use a "
+              "family such as Normal, LogNormal, Gamma, Beta or Categorical for the latent, or write a SequentialGuide")
+
+
 def _arguments(fn: Distribution) -> dict[str, Any]:
     """The constructor arguments that describe ``fn``, each with its constraint."""
     names = dict(fn.arg_constraints)
@@ -73,15 +77,14 @@ class Family:
             self.transforms = fn.transforms
         else:
             self.inner = None
+            if isinstance(type(fn).arg_constraints, property):  # Uniform: each argument bounds the other
+                raise ValueError(_NO_FAMILY.format(name=name, kind=self.kind.__name__, argument="their range"))
             self.arguments = _arguments(fn)
             tensors = {a: getattr(fn, a, None) for a in self.arguments}
             for argument, constraint in self.arguments.items():
                 if (constraint is constraints.dependent or getattr(constraint, "is_discrete", False)
                         or not isinstance(tensors[argument], Tensor)):
-                    raise ValueError(
-                        f"site {name!r}: {self.kind.__name__} cannot be learned in its own family (argument "
-                        f"{argument!r} has no fixed range); use a family such as Normal, LogNormal, Gamma, Beta or "
-                        "Categorical for the latent, or write a SequentialGuide")
+                    raise ValueError(_NO_FAMILY.format(name=name, kind=self.kind.__name__, argument=argument))
             if not self.arguments:
                 raise ValueError(f"site {name!r}: {self.kind.__name__} has no parameters to learn; write a "
                                  "SequentialGuide for it")

@@ -120,7 +120,8 @@ def _same_latents(model: Any, names: set[str] | None, sites: dict[str, Site], fr
     found = {name for name, site in sites.items() if not site.observed}
     if names is not None and found != names:
         raise ValueError(f"{type(model).__name__} samples the latent sites {sorted(names)} at the first step and "
-                         f"{sorted(found)} at time {frame.t}: a step samples the same sites each time, under the same names")
+                         f"{sorted(found)} at time {frame.t}. Sites at some steps only cannot be: a step samples the same "
+                         "sites each time, under the same names")
     return found
 
 

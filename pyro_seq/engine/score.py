@@ -63,7 +63,14 @@ def terms(model: Any, packed: Packed, steps: list[Step], num_particles: int, ana
         if model.missing_feeds_state:
             values.update(_imputed(part))
         with checks, StepSites(frame, values=values) as scored:
-            model.apply(join_states([step.before for step in part]), frame)
+            try:
+                model.apply(join_states([step.before for step in part]), frame)
+            except RuntimeError as error:
+                sites = ", ".join(repr(name) for name in part[0].sites)
+                raise ValueError(
+                    f"the step of {type(model).__name__} runs on {part[0].frame.rows} rows but not on {frame.rows} ({error}): "
+                    f"a size that equals the number of rows was taken for the rows. Look at site {sites}: does a distribution "
+                    "lack .to_event(1), or does the step use a fixed batch size?") from error
             _same_sites({n for n, site in part[-1].sites.items() if not site.observed}, scored.sites)
             for name, site in scored.sites.items():
                 drawn = [] if site.observed else [step.sites[name] for step in part]

@@ -156,7 +156,7 @@ class PyroSites(Messenger):
             if self.proposal is not None:
                 msg["stop"] = msg["done"] = True
             return
-        shape = tuple(getattr(msg["fn"], "batch_shape", (None,)))
+        raw, shape = msg["value"], tuple(getattr(msg["fn"], "batch_shape", (None,)))
         if len(shape) < 2 or shape[-1] not in (1, self.frame.rows):
             msg["fn"] = expand_rows(msg["fn"], self.frame.rows, name)
             if msg["is_observed"]:
@@ -164,7 +164,7 @@ class PyroSites(Messenger):
         if "enumerate" in msg["infer"]:
             self.enumerates = True
         if msg["is_observed"]:
-            self._observe(name, msg)
+            self._observe(name, msg, raw)
         else:
             self._draw(name, msg)
         msg["name"] = self.rename(name)
@@ -178,8 +178,8 @@ class PyroSites(Messenger):
             (self.observed.__setitem__(name, msg["value"]) if msg["is_observed"] else
              self.drawn.__setitem__(name, (msg["fn"], msg["value"])))
 
-    def _observe(self, name: str, msg: dict[str, Any]) -> None:
-        if self.frame.missing and (present := _present(name, msg["value"], self.frame)) is not None:
+    def _observe(self, name: str, msg: dict[str, Any], raw: Tensor) -> None:
+        if self.frame.missing and (present := _present(name, raw, self.frame)) is not None:
             p = _rows_last(msg["fn"], self.frame.rows)
             filler = None
             if self.impute:
@@ -225,7 +225,7 @@ def _observed_value(name: str, p: Distribution, value: Tensor, frame: Frame) -> 
     if value.shape != expected:
         hint = (": data of shape (B, T) are scalars, use (B, T, 1) for vectors of one entry"
                 if value.dim() == 1 and p.event_dim == 1 else
-                ": data of shape (B, T, 1) are vectors of one entry, use (B, T) for scalars"
+                ": data of shape (B, T, 1) are vectors of one entry, use x[..., 0] for scalars, or .to_event(1) in the model"
                 if tuple(value.shape[1:]) == (1,) and p.event_dim == 0 else
                 ": add .to_event() to the distribution if each frame is a vector" if value.dim() > len(expected) else "")
         raise ValueError(f"site {name!r} has frames of shape {tuple(expected[1:])} but the data has frames of shape "
@@ -246,21 +246,26 @@ def _observed_value(name: str, p: Distribution, value: Tensor, frame: Frame) -> 
                 raise TypeError(f"site {name!r}: the data is {value.dtype} and the model {first.dtype}; convert the "
                                 f"data with x.to({first.dtype}) or the model with model.to({value.dtype})")
         if frame.first:
-            _check_support(name, p, like, frame)
+            _check_support(name, p, like, value, frame)
     return value
 
 
-def _check_support(name: str, p: Distribution, like: Distribution, frame: Frame) -> None:
-    """Check all data of a site against its support once, at the first step, if the support does not depend on anything."""
-    if frame.whole is None or name not in frame.x or isinstance(getattr(type(like), "support", None), property):
-        return
-    x = frame.whole.x[name]
-    inside = p.support.check(x if not x.is_floating_point() else torch.where(x.isnan(), in_support(p)[:1, None].to(x), x))
-    bad = (~inside.reshape(*x.shape[:2], -1).all(-1) & frame.whole.active).nonzero()
-    if len(bad):
-        b, t = bad[0].tolist()
+def _check_support(name: str, p: Distribution, like: Distribution, value: Tensor, frame: Frame) -> None:
+    """Check data against the support: all of it at once where the support is fixed, else this first frame."""
+    fixed = frame.whole is not None and name in frame.x and not isinstance(getattr(type(like), "support", None), property)
+    x = frame.whole.x[name] if fixed else value
+    filler = in_support(p)
+    filled = torch.where(x.isnan(), filler[:1, None].to(x) if fixed else filler.to(x), x) if x.is_floating_point() else x
+    inside = p.support.check(filled)
+    if fixed:
+        inside = inside.reshape(*x.shape[:2], -1).all(-1) | ~frame.whole.active
+    else:
+        inside = inside.reshape(frame.rows, -1).all(-1)
+    if not inside.all():
+        bad = (~inside).nonzero()[0].tolist()
+        b, t = bad if fixed else (int(frame.sequence[bad[0]]), 0)
         raise ValueError(f"site {name!r}: the data of sequence {b} at time {t + 1} lies outside the support of "
-                         f"{type(like).__name__}, {like.support}: transform the data, or choose another distribution")
+                         f"{type(like).__name__}: transform the data, or choose another distribution")
 
 
 def _present(name: str, value: Tensor, frame: Frame) -> Tensor | None:

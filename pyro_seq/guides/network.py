@@ -13,7 +13,7 @@ from pyro_seq.guide import SequentialGuide
 from pyro_seq.guides.probe import Moments, flat_frame, probe
 from pyro_seq.sequences import Frame, Sequences
 
-__all__ = ["Head", "NetworkGuide", "Standardise"]
+__all__ = ["BySite", "Head", "NetworkGuide", "Standardise"]
 
 
 class Standardise(nn.Module):
@@ -31,6 +31,16 @@ class Standardise(nn.Module):
 
     def inverse(self, value: Tensor) -> Tensor:
         return torch.addcmul(self.center, value, self.spread)
+
+
+class BySite(nn.ModuleDict):
+    """Modules by site; a site may have any name, while a module's may not hold a dot or be that of a method."""
+
+    def __init__(self, modules: dict[str, nn.Module]):
+        super().__init__({f"site_{name.replace('.', '_')}": module for name, module in modules.items()})
+
+    def __getitem__(self, site: str) -> nn.Module:
+        return super().__getitem__(f"site_{site.replace('.', '_')}")
 
 
 class Head(nn.Module):
@@ -84,13 +94,13 @@ class NetworkGuide(SequentialGuide):
 
     def __init__(self, model: Any, *, like: Any = None, encoder: nn.Module | None = None, global_guide: Any = None,
                  name: str | None = None):
+        found = probe(model, like, type(self).__name__)
         super().__init__(model, global_guide=global_guide, name=name)
-        found = probe(model, like)
         self.families = found.families
         self.dtype = found.dtype
         self.frame_units = Standardise(found.frame)
         self.state_units = None if found.state is None else Standardise(found.state)
-        self.parameter_units = nn.ModuleDict({k: Standardise(v) for k, v in found.parameters.items()})
+        self.parameter_units = BySite({k: Standardise(v) for k, v in found.parameters.items()})
         self.encoder = encoder
         self.state_width = 0 if found.state is None else len(found.state.center)
         self.frame_width = len(found.frame.center) + 1
@@ -141,6 +151,8 @@ class NetworkGuide(SequentialGuide):
         return self.frame_features(flat).reshape(batch, steps, -1)
 
     def _check_width(self, frame: Frame) -> None:
+        if not frame.x:
+            raise ValueError(f"{type(self).__name__} reads data and is called without: a learned guide proposes given x")
         width = flat_frame(frame.x, frame.covariates, frame.rows).shape[-1]
         if width != len(self.frame_units.center):
             raise ValueError(f"{type(self).__name__} was built for frames of {len(self.frame_units.center)} numbers (data "

@@ -41,13 +41,13 @@ class Probe(NamedTuple):
     device: torch.device
 
 
-def probe(model: Any, like: Any) -> Probe:
+def probe(model: Any, like: Any, who: str) -> Probe:
     """Run a few steps of the model and look.
 
     :param like: data, or a :class:`~pyro_seq.Sequences`, whose shapes and units the guide will meet; simulated from the
         model when ``None``.
     """
-    require_model(model, "a learned guide")
+    require_model(model, who)
     parameter = next((p for p in model.parameters()), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     devices = [device] if device.type == "cuda" else []
@@ -89,7 +89,10 @@ def _probe(model: Any, like: Sequences) -> Probe:
 def _simulated(model: Any, like: Sequences) -> dict[str, Tensor]:
     """Data drawn from the model, under the names of its data arguments."""
     names = model.data_names() - set(like.covariates)
-    model.check_inputs(like.simulated())
+    try:
+        model.check_inputs(like.simulated())
+    except ValueError as error:
+        raise ValueError(f"{error}. A learned guide sees their shapes with like=Sequences.of(x, covariates=...)") from error
     drawn: dict[str, list[Tensor]] = {}
     for sites, _ in propagate(model, None, like.simulated().packed.frames()):
         for name, site in sites.items():

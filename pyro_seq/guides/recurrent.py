@@ -11,7 +11,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from pyro_seq.engine.sites import Proposal
 from pyro_seq.engine.state import State
-from pyro_seq.guides.network import Head, NetworkGuide
+from pyro_seq.guides.network import BySite, Head, NetworkGuide
+from pyro_seq.module import require_count
 from pyro_seq.sequences import Frame, Sequences
 
 __all__ = ["FilteringGuide", "SmoothingGuide"]
@@ -58,6 +59,7 @@ class FilteringGuide(NetworkGuide):
                  residual: bool = True, encoder: nn.Module | None = None, global_guide: Any = None,
                  name: str | None = None):
         super().__init__(model, like=like, encoder=encoder, global_guide=global_guide, name=name)
+        require_count("hidden", hidden, 1)
         if cell is not None and cell not in _CELLS:
             raise ValueError(f"cell={cell!r}; it is one of {sorted(_CELLS)}, or None to read the current frame alone")
         self.residual = self.reads_prior = residual
@@ -65,7 +67,7 @@ class FilteringGuide(NetworkGuide):
             self.frame_width, hidden, batch_first=True, bidirectional=self.bidirectional)
         # The current frame goes round the recurrence as well, so that a linear filter is exactly in reach.
         encoded = self.frame_width + (0 if cell is None else hidden * (2 if self.bidirectional else 1))
-        self.heads = nn.ModuleDict({
+        self.heads = BySite({
             site: Head(encoded, self.state_width + (family.width if residual else 0), hidden,
                        family.width * (2 if residual else 1))
             for site, family in self.families.items()})
@@ -76,7 +78,7 @@ class FilteringGuide(NetworkGuide):
         frames = self.all_frames(sequences)
         if self.rnn is not None:
             frames = torch.cat([frames, self._encode(frames, sequences.lengths)], -1)
-        return {site: head.prepare(frames) for site, head in self.heads.items()}
+        return {site: self.heads[site].prepare(frames) for site in self.families}
 
     def _encode(self, frames: Tensor, lengths: Tensor) -> Tensor:
         return self.rnn(frames)[0]

@@ -58,11 +58,18 @@ def compare(methods: Mapping[str, Any], x: Any, lengths: Any = None, *, mask: An
         >>> list(table.index), list(table.kind)
         (['kalman', 'smc'], ['exact', 'log of an unbiased estimate'])
     """
+    if not isinstance(methods, Mapping):
+        raise TypeError(f"methods is a {type(methods).__name__}; pass a dict that names them, such as "
+                        "{'kalman': KalmanFilter(model)}")
     if not methods:
         raise ValueError("no methods to compare: pass a dict such as {'kalman': KalmanFilter(model)}")
     sequences = Sequences.of(x, lengths, mask=mask, covariates=covariates)
     posteriors = {}
     for name, method in tqdm(methods.items(), disable=not progress, desc="compare"):
+        if isinstance(method, type):
+            raise TypeError(f"method {name!r} is the class {method.__name__}: make one, {method.__name__}(model)")
+        if isinstance(method, Posterior) and not _same(method.sequences, sequences):
+            raise ValueError(f"the posterior {name!r} is of other data: {method.sequences} instead of {sequences}")
         if not isinstance(method, Posterior) and not hasattr(method, "run"):
             raise TypeError(f"method {name!r} is a {type(method).__name__} without run(x): for a trained guide use "
                             "seq.Variational(model, guide)")
@@ -72,3 +79,10 @@ def compare(methods: Mapping[str, Any], x: Any, lengths: Any = None, *, mask: An
     table["num_samples"] = table["num_samples"].astype("Int64")
     table.posteriors = posteriors
     return table
+
+
+def _same(first: Sequences, second: Sequences) -> bool:
+    return first is second or (
+        first.lengths.tolist() == second.lengths.tolist() and set(first.x) == set(second.x)
+        and all(first.x[k].shape == v.shape and first.x[k].dtype == v.dtype and bool(
+            ((first.x[k] == v) | (v != v)).all()) for k, v in second.x.items()))

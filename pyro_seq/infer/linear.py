@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import pyro
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
@@ -58,7 +59,11 @@ def linearise(model: Any, sequences: Sequences, check: bool = True) -> tuple[Lin
     first = _Probe(model, sequences, None, check).matrices()
     if sequences.num_steps == 1:
         return first, None
-    return first, _Probe(model, sequences, first.template, check).matrices()
+    later = _Probe(model, sequences, first.template, check).matrices()
+    if set(first.latents) != set(later.latents):
+        raise ValueError(f"{type(model).__name__} samples the latent sites {sorted(first.latents)} at the first step and "
+                         f"{sorted(later.latents)} later: give them the same names")
+    return first, later
 
 
 class _Probe:
@@ -112,7 +117,7 @@ class _Probe:
             if self.check:
                 self._require_affine(f"site {name!r}: its mean", mean[:, :, head:], base, directions, tests, tolerance)
                 size = covariance.abs().amax((-1, -2), keepdim=True)
-                if ((covariance - covariance[:, :, :1]).abs() > tolerance * size).any():
+                if not ((covariance - covariance[:, :, :1]).abs() <= tolerance * size).all():
                     raise ValueError(f"site {name!r} of {model} is Gaussian, but its covariance depends on the state: the "
                                      "model is not linear-Gaussian. Use ParticleFilter or a guide")
         after = out["next"]
@@ -136,10 +141,11 @@ class _Probe:
         observed = [site for site in step.sites.values() if site.observed]
         self.dtype = observed[0].value.dtype if observed else torch.get_default_dtype()
         sizes = [site.value[0].numel() for site in observed]
-        if sorted(self.x) != sorted(site.name for site in observed) and sum(sizes) != self.data_width:
-            raise ValueError(f"the observed sites {[s.name for s in observed]} have {sum(sizes)} entries a frame and the data "
-                             f"{self.data_width}: each entry of the data must be observed once")
-        self.observed_sites = {site.name: site.value.shape[1:] for site in observed}
+        if sum(sizes) != self.data_width:
+            raise ValueError(
+                f"the observed sites {[s.name for s in observed]} of {type(self.model).__name__} have {sum(sizes)} entries a "
+                f"frame and its data {sorted(self.x)} {self.data_width}: each entry of the data is observed once, with obs= in "
+                "pyro.sample")
         return {name: site.value.shape[1:] for name, site in step.latents.items()}
 
     def _points(self) -> tuple[Tensor, Tensor]:
@@ -163,7 +169,7 @@ class _Probe:
             start += shape.numel()
         x = self._unflatten_data(u, start, rows)
         frame = self._frame(count, x, repeat=True)
-        with StepSites(frame, values=values) as step:
+        with pyro.settings.context(validate_distributions_torch=False), StepSites(frame, values=values) as step:
             after = self.model.apply(state, frame)
         shape = (len(self.times), self.batch, count)
         sites, start, at = {}, self.state_width, self.state_width + self.latent_width

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_seq.engine.loop import propagate
 from pyro_seq.engine.state import State
+from pyro_seq.module import require_count
 from pyro_seq.sequences import Frame, Sequences
 
 __all__ = ["EXACT", "LOWER_BOUND", "UNBIASED", "Draws", "Moments", "Posterior"]
@@ -54,6 +55,7 @@ class Draws:
     def quantile(self, site: str, q: float | list[float]) -> Tensor:
         """``(B, H, ...)``, with a leading dimension if ``q`` is a list."""
         value = self._of(site)
+        _check_levels(q)
         return torch.as_tensor(np.quantile(value.cpu().numpy(), q, axis=0), dtype=value.dtype, device=value.device)
 
     def to_dataframe(self, quantiles: tuple[float, ...] = (0.05, 0.5, 0.95)) -> pd.DataFrame:
@@ -67,7 +69,7 @@ class Draws:
 
     def _of(self, site: str) -> Tensor:
         if site not in self.samples:
-            raise KeyError(f"no site {site!r}; there are {sorted(self.samples)}")
+            raise ValueError(f"no site {site!r}; there are {sorted(self.samples)}")
         return self.samples[site]
 
 
@@ -121,14 +123,15 @@ class Posterior:
     def quantile(self, site: str, q: float | list[float]) -> Tensor:
         """Quantiles of the filtered distribution of a site, ``(B, T, ...)`` (with a leading dimension for a list)."""
         if self.cloud is None:
-            raise ValueError(f"{self.method} kept no particles to take quantiles of: use history=True")
+            raise ValueError(f"{self.method} kept no particles to take quantiles of: use history=True and num_runs=1")
         self._moments(site)
+        _check_levels(q)
         return self.cloud(site, q)
 
     def trajectories(self, num_samples: int) -> Draws:
         """Draws of whole latent trajectories, ``(S, B, T, ...)`` each."""
         if self.paths is None:
-            raise ValueError(f"{self.method} kept no trajectories: use history=True")
+            raise ValueError(f"{self.method} kept no trajectories: use history=True and num_runs=1")
         steps = self.sequences.num_steps
         times = torch.arange(1, steps + 1).expand(self.sequences.num_sequences, steps)
         return Draws(self.paths(num_samples), times)
@@ -139,8 +142,8 @@ class Posterior:
         :param covariates: future inputs, ``(B, horizon, ...)`` each.
         :returns: samples ``(S, B, horizon, ...)`` of every site.
         """
-        if horizon < 1:
-            raise ValueError(f"horizon={horizon}; at least one step ahead is needed")
+        require_count("horizon", horizon, 1)
+        require_count("num_samples", num_samples, 1)
         if self.final_state is None or self.model is None:
             raise ValueError(f"{self.method} cannot predict: its model runs on the data it was given")
         batch, lengths, device = self.sequences.num_sequences, self.sequences.lengths, self.sequences.device
@@ -196,8 +199,13 @@ class Posterior:
     def _moments(self, site: str) -> Moments:
         found = {**self.smoothed, **self.filtered}
         if site not in found:
-            raise KeyError(f"no latent site {site!r}; there are {sorted(found)}")
+            raise ValueError(f"no latent site {site!r}; there are {sorted(found)}")
         return found[site]
+
+
+def _check_levels(q: float | list[float]) -> None:
+    if not all(0 <= level <= 1 for level in np.atleast_1d(np.asarray(q, dtype=float))):
+        raise ValueError(f"q={q}: quantiles are between 0 and 1")
 
 
 def _table(site: str, columns: Mapping[str, Tensor], times: Tensor, active: Tensor | None = None) -> pd.DataFrame:
