@@ -51,8 +51,11 @@ def _figure(text: str) -> Path:
 
 
 def _demo(given: argparse.Namespace) -> int:
+    import torch
+
     from pyro_seq.demo import EXACT_LOG_EVIDENCE, as_text, compare_on_nile, save_figure
 
+    torch.set_num_threads(1)  # On tensors this small, several threads mostly wait for each other.
     table = compare_on_nile(given.steps, given.seed)
     print(f"""
 {as_text(table)}

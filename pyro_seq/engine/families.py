@@ -5,8 +5,10 @@ This is what lets a guide start at a model's prior and move away from it without
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import pyro
 import torch
 from pyro.distributions import MaskedDistribution, TorchDistribution
 from torch import Tensor
@@ -19,12 +21,14 @@ from torch.distributions import (
     transform_to,
 )
 
-__all__ = ["Family", "concatenate", "expand_rows", "in_support"]
+__all__ = ["Family", "concatenate", "expand_rows", "in_support", "log_density", "sample"]
 
 # Of redundant arguments (probs and logits, three forms of a covariance) the one with the simplest unconstrained form.
 _DROPPED = {"logits": {"probs"}, "scale_tril": {"covariance_matrix", "precision_matrix"}}
 
 
+_NORMALS = (torch.distributions.Normal, pyro.distributions.Normal)
+_HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 _NO_FAMILY = ("site {name!r}: {kind} cannot be learned in its own family (argument {argument!r} has no fixed range); use a "
               "family such as Normal, LogNormal, Gamma, Beta or Categorical for the latent, or write a SequentialGuide")
 
@@ -177,6 +181,50 @@ def expand_rows(fn: Any, rows: int, name: str) -> Distribution:
         f"site {name!r} has batch_shape {shape} and event_shape {tuple(fn.event_shape)}, but the step is run on "
         f"({rows},) rows. If the other dimensions belong to one observation, add .to_event({max(len(shape) - 1, 1)}); a plate "
         "inside a step is such a dimension too")
+
+
+def log_density(fn: Distribution, value: Tensor) -> Tensor:
+    """``fn.log_prob(value)``, in fewer passes over memory for normal distributions."""
+    events, base = 0, fn
+    while isinstance(base, Independent):
+        events, base = events + base.reinterpreted_batch_ndims, base.base_dist
+    if type(base) not in _NORMALS:
+        return fn.log_prob(value)
+    if torch.is_grad_enabled():
+        deviation = (value - base.loc) / base.scale
+        half = torch.addcmul(base.scale.log(), deviation, deviation, value=0.5)
+    else:
+        deviation = (value - base.loc).div_(base.scale)
+        half = base.scale.log().addcmul_(deviation, deviation, value=0.5)
+    if events:
+        half = half.flatten(half.dim() - events)
+        return -_HALF_LOG_2PI * half.shape[-1] - half.sum(-1)
+    return -_HALF_LOG_2PI - half
+
+
+def sample(fn: Distribution) -> Tensor:
+    """A draw from ``fn``, reparameterised where it can be; in fewer passes over memory for normal distributions."""
+    base = fn
+    while isinstance(base, Independent):
+        base = base.base_dist
+    if type(base) not in _NORMALS:
+        return fn.rsample() if fn.has_rsample else fn.sample()
+    noise = _standard_normal(base.loc)
+    if torch.is_grad_enabled():
+        return torch.addcmul(base.loc, noise, base.scale)
+    return noise.mul_(base.scale).add_(base.loc)
+
+
+def _standard_normal(like: Tensor) -> Tensor:
+    """Standard normal numbers of the shape of ``like``.
+
+    In double precision on a CPU by the inverse of the distribution function, since torch's own generator is not
+    vectorised there and takes twice as long; from the middle of each of the 2^53 cells, so that none is infinite.
+    """
+    noise = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    if like.dtype == torch.float64 and like.device.type == "cpu":
+        return noise.uniform_().add_(2.0**-54).mul_(2).sub_(1).erfinv_().mul_(math.sqrt(2))
+    return noise.normal_()
 
 
 def in_support(fn: Distribution) -> Tensor:

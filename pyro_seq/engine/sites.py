@@ -17,7 +17,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_seq.engine.families import expand_rows, in_support
+from pyro_seq.engine.families import expand_rows, in_support, log_density, sample
 from pyro_seq.engine.missing import FrozenRows, SomeEntries, fill, score_entries
 from pyro_seq.sequences import Frame
 
@@ -52,17 +52,17 @@ class Site(NamedTuple):
         if self.present is not None:
             log_prob = score_entries(self.p, self.value, self.present, self.name)
         else:
-            log_prob = self.p.log_prob(self.value)
+            log_prob = log_density(self.p, self.value)
         return scale_and_mask(log_prob, self.scale, self.mask)
 
     def log_q(self, q: Distribution | None = None) -> Tensor:
         """``(rows,)`` log density under the proposal."""
-        return scale_and_mask((q or self.q).log_prob(self.value), self.scale, self.mask)
+        return scale_and_mask(log_density(q or self.q, self.value), self.scale, self.mask)
 
 
 def draw(fn: Distribution, name: str, frame: Frame) -> Tensor:
     """The one place where the engine uses random numbers for a site: reparameterised where ``fn`` can be."""
-    return fn.rsample() if fn.has_rsample else fn.sample()
+    return sample(fn)
 
 
 _TWICE = "site {name!r} is sampled twice in one step: a site appears once a step; the time index is added for you"

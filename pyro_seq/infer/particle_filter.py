@@ -171,7 +171,7 @@ class _Cloud:
             raise ValueError(_not_finite(self.method.model, step, highest[:, 0], log_weights))
         self.weights = (log_weights - highest).exp_()
         self.total = self.weights.sum(-1)
-        self.effective = self.total.square() / self.weights.square().sum(-1)
+        self.effective = self.total.square() / torch.linalg.vector_norm(self.weights, dim=-1).square()
         self.log_mean = highest[:, 0] + (self.total / self.particles).log()
         self.evidence.append(self.log_mean - self.base)
         self.effectives.append(self.effective)

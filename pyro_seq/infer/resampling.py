@@ -27,10 +27,9 @@ def systematic(weights: Tensor, uniform: Tensor) -> Tensor:
     n, particles = weights.shape
     # In double precision: a float32 sum of a million weights misplaces whole particles.
     edges = weights.cumsum(-1, dtype=torch.float64)
-    edges = edges.mul_(particles / edges[:, -1:]).sub_(uniform.to(edges)[:, None]).ceil_().clamp_(0, particles)
+    edges = edges.mul_(particles / edges[:, -1:]).sub_(uniform.to(edges)[:, None]).ceil_()
     edges[:, -1] = particles
-    counts = edges.long()
-    counts[:, 1:] -= edges[:, :-1].long()
-    index = torch.arange(particles, device=weights.device)
-    index = index if n == 1 else index.expand(n, particles).reshape(-1)
-    return index.repeat_interleave(counts.reshape(-1), output_size=n * particles).reshape(n, particles)
+    # Particle i takes the slots from its left edge to its right one: slot j goes to as many particles as end before it.
+    ends = torch.zeros(n, particles + 1, dtype=torch.long, device=weights.device)
+    ends.scatter_add_(1, edges.long(), ends.new_ones(()).expand(n, particles))
+    return ends.cumsum(-1)[:, :-1]
