@@ -127,20 +127,32 @@ def test_guides_reach_the_optimum_of_their_family(guide):
     assert gap > (0 if guide_name == "smoothing" else optimum - 0.02) - 3 * error
 
 
-@pytest.mark.parametrize("preset", ["default", "paper"])
-def test_free_energy_falls_with_iterations(preset):
-    """On held-out series, averaged over noise: each iteration of a trained AVF lowers the free energy of its step."""
+def test_free_energy_of_each_step_falls_with_iterations():
+    """On held-out series, averaged over noise: each iteration of the published, greedy AVF lowers its step's free energy."""
     declared = model()
-    guide = seq.AmortizedVariationalFilter(declared, 3, preset=preset, hidden=32)
+    guide = seq.AmortizedVariationalFilter(declared, 3, preset="paper", hidden=32)
     train(declared, guide, 300)
     x = declared.simulate([STEPS] * 500)["x"]
     energies = guide.free_energy(x, num_particles=20).mean(-1)
     drops = energies[:-1] - energies[1:]  # (K, B): the same states and data before and after
     means, errors = drops.mean(1), drops.std(1) / math.sqrt(500)
-    print(preset, energies.mean(1).tolist(), means.tolist(), errors.tolist())
     assert means[0] > 4 * errors[0]
     assert (means > -3 * errors).all()
-    assert energies[0].mean() > energies[-1].mean()
+
+
+def test_free_energy_of_the_series_falls_with_iterations():
+    """The default trains the last iteration on the whole series, whose free energy it is that falls: at a single step it
+    may rise, since a draw that costs a little now can serve the future."""
+    declared = model()
+    guide = seq.AmortizedVariationalFilter(declared, 3, hidden=32)
+    train(declared, guide, 300)
+    found = [measured_gap(declared, seq.PriorGuide(declared))]
+    for iterations in (1, 2, 3):
+        guide.iterations = iterations
+        found.append(measured_gap(declared, guide))
+    for (before, error), (after, other) in zip(found, found[1:]):
+        assert after < before + 3 * math.hypot(error, other)
+    assert found[-1][0] < found[1][0] - 0.02 and found[1][0] < found[0][0] - 0.1
 
 
 @pytest.mark.slow

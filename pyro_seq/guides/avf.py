@@ -95,6 +95,9 @@ class AmortizedVariationalFilter(NetworkGuide):
                     **covariates: Any) -> Tensor:
         """The free energy after each iteration of each step, in nats, each from one fresh draw a particle.
 
+        A guide trained greedily (``preset="paper"``) lowers it from one iteration to the next. The default is trained on
+        the whole series, so that its last iteration may give up a little at a step for what comes after.
+
         :returns: ``(iterations + 1, B, T)``; the first is the prior's; zero past a sequence's end.
         """
         sequences = Sequences.of(x, lengths, mask=mask, covariates=covariates)
