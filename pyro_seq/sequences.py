@@ -228,7 +228,7 @@ class Packed:
         self.x = {k: self.sort(v) for k, v in sequences.x.items()}
         self.observed = {k: self.sort(v) for k, v in sequences.observed.items()}
         self.covariates = {k: self.sort(v) for k, v in sequences.covariates.items()}
-        missing = torch.zeros(sequences.num_steps, dtype=torch.bool)
+        missing = torch.zeros(sequences.num_steps, dtype=torch.bool, device="cpu")
         if sequences.has_missing:
             for value in self.x.values():
                 if value.is_floating_point():
@@ -318,12 +318,12 @@ def _tensor(name: str, value: Any, lengths: Any) -> tuple[Tensor, Any]:
         if any(len(p) == 0 for p in parts):
             empty = [i for i, p in enumerate(parts) if len(p) == 0]
             raise ValueError(f"{name!r}: sequences {empty} are empty; every sequence needs at least one frame")
-        ragged = torch.tensor([len(p) for p in parts])
+        ragged = torch.tensor([len(p) for p in parts], device="cpu")
         if lengths is None:
             lengths = ragged
-        elif torch.as_tensor(lengths).tolist() != ragged.tolist():
+        elif list(lengths) != ragged.tolist():
             raise ValueError(f"{name!r} is a list of sequences of lengths {ragged.tolist()}, but lengths="
-                             f"{torch.as_tensor(lengths).tolist()} was given: leave lengths out")
+                             f"{list(lengths)} was given: leave lengths out")
         return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True), lengths
     if not isinstance(value, Tensor):
         try:
@@ -352,9 +352,9 @@ def _check_lengths(values: Mapping[str, Tensor], lengths: Any) -> tuple[int, int
     if value is not None and (value.shape[0] == 0 or value.shape[1] == 0):
         raise ValueError(f"{name!r} has shape {tuple(value.shape)}: the batch or the time dimension is empty")
     if lengths is None:
-        lengths = torch.full((value.shape[0],), value.shape[1], dtype=torch.long)
+        lengths = torch.full((value.shape[0],), value.shape[1], dtype=torch.long, device="cpu")
     try:
-        lengths = torch.as_tensor(lengths)
+        lengths = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"lengths={lengths!r} is not a list of integers, one per sequence") from error
     if lengths.is_floating_point() or lengths.dtype == torch.bool:

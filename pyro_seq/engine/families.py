@@ -138,7 +138,7 @@ class Family:
         """``(width,)`` booleans: which entries are logarithms of positive arguments."""
         if self.inner is not None:
             return self.inner.log_scales()
-        out = torch.zeros(self.width, dtype=torch.bool)
+        out = torch.zeros(self.width, dtype=torch.bool, device="cpu")
         for argument, where in self.slices().items():
             out[where] = self.arguments[argument] in (constraints.positive, constraints.nonnegative)
         return out

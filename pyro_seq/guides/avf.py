@@ -76,12 +76,11 @@ class AmortizedVariationalFilter(NetworkGuide):
         for site, family in self.families.items():
             self.slices[site] = slice(start, start + family.width)
             start += family.width
-        if preset == "paper":
-            self.update: nn.Module = _Highway(width, 1024 if hidden is None else hidden)
-        else:
-            added = self.state_width + (4 if gradient else 2) * width
-            self.update = Head(self.frame_width, added, 128 if hidden is None else hidden, 2 * width)
-        self._finish()
+        added = self.state_width + (4 if gradient else 2) * width
+        with self.device:
+            self.update = (_Highway(width, 1024 if hidden is None else hidden) if preset == "paper" else
+                           Head(self.frame_width, added, 128 if hidden is None else hidden, 2 * width))
+        self.to(self.dtype)
 
     def prepare_rows(self, sequences: Sequences) -> Tensor | None:
         """``(B, T, hidden + outputs)``: what each frame adds to the update network."""

@@ -104,16 +104,13 @@ class NetworkGuide(SequentialGuide):
         self.encoder = encoder
         self.state_width = 0 if found.state is None else len(found.state.center)
         self.frame_width = len(found.frame.center) + 1
+        self.device = found.device
         if encoder is not None:
-            encoder.to(found.dtype)
-            data, = _one(like, model)
+            if like is None:
+                raise ValueError("encoder= needs like=, some data, to size the networks")
+            encoder.to(found.device, found.dtype)
             with torch.no_grad():
-                self.frame_width = encoder(data.to(found.dtype)).shape[-1] + 1
-        self._place = (found.device, found.dtype)
-
-    def _finish(self) -> None:
-        """Give the networks the model's device and dtype; called when they are all built."""
-        self.to(*self._place)
+                self.frame_width = self.frame_features(Sequences.of(like).frame(1)).shape[-1]
 
     def frame_features(self, frame: Frame) -> Tensor:
         """``(rows, frame_width)``: the frame in unit size, zero where missing, and the share that is observed."""
@@ -123,13 +120,14 @@ class NetworkGuide(SequentialGuide):
             share = present.to(self.dtype).mean(-1, keepdim=True)
         else:
             present, share = None, flat.new_ones(frame.rows, 1)
-        if self.encoder is not None:
-            value = next(iter(frame.x.values())).to(self.dtype)
-            features = self.encoder(value.nan_to_num() if frame.missing else value)
-        else:
-            features = self.frame_units(flat)
-            features = features if present is None else torch.where(present, features, 0.0)
-        return torch.cat([features, share], -1)
+        features = self.frame_units(flat)
+        features = features if present is None else torch.where(present, features, 0.0)
+        if self.encoder is None:
+            return torch.cat([features, share], -1)
+        value = next(iter(frame.x.values())).to(self.dtype)
+        encoded = self.encoder(value.nan_to_num() if frame.missing else value)
+        width = sum(v[0].numel() for v in frame.x.values())
+        return torch.cat([encoded, features[:, width:], share], -1)  # covariates go beside the encoding
 
     def state_features(self, state: State, rows: int) -> Tensor | None:
         """``(rows, state_width)`` in unit size; zero before the first step of a state-space model."""
@@ -168,10 +166,3 @@ class NetworkGuide(SequentialGuide):
             raise ValueError(f"site {name!r} is {type(prior).__name__} with event_shape {tuple(prior.event_shape)}; the "
                              f"guide was built for {family.kind.__name__} with {family.event}")
         return family
-
-
-def _one(like: Any, model: Any) -> tuple[Tensor]:
-    if like is None:
-        raise ValueError("encoder= needs like=, some data, to size the networks")
-    sequences = Sequences.of(like)
-    return (next(iter(sequences.x.values()))[:1, 0].nan_to_num(),)

@@ -63,15 +63,16 @@ class FilteringGuide(NetworkGuide):
         if cell is not None and cell not in _CELLS:
             raise ValueError(f"cell={cell!r}; it is one of {sorted(_CELLS)}, or None to read the current frame alone")
         self.residual = self.reads_prior = residual
-        self.rnn = None if cell is None else _CELLS[cell](
-            self.frame_width, hidden, batch_first=True, bidirectional=self.bidirectional)
         # The current frame goes round the recurrence as well, so that a linear filter is exactly in reach.
         encoded = self.frame_width + (0 if cell is None else hidden * (2 if self.bidirectional else 1))
-        self.heads = BySite({
-            site: Head(encoded, self.state_width + (family.width if residual else 0), hidden,
-                       family.width * (2 if residual else 1))
-            for site, family in self.families.items()})
-        self._finish()
+        with self.device:
+            self.rnn = None if cell is None else _CELLS[cell](
+                self.frame_width, hidden, batch_first=True, bidirectional=self.bidirectional)
+            self.heads = BySite({
+                site: Head(encoded, self.state_width + (family.width if residual else 0), hidden,
+                           family.width * (2 if residual else 1))
+                for site, family in self.families.items()})
+        self.to(self.dtype)
 
     def prepare_rows(self, sequences: Sequences) -> dict[str, Tensor]:
         """For each latent site, ``(B, T, hidden + outputs)``: what each frame and the encoding up to it add to its head."""

@@ -68,7 +68,8 @@ class KalmanFilter:
         first, later = linearise(self.model, sequences, check=not self.assume_linear)
         start = self.model.begin(sequences.frame(1))
         flat = [leaf.double().reshape(sequences.num_sequences, -1) for leaf in leaves(start)]
-        initial = torch.cat(flat, -1) if flat else torch.zeros(sequences.num_sequences, 0, dtype=torch.float64)
+        initial = torch.cat(flat, -1) if flat else torch.zeros(
+            sequences.num_sequences, 0, dtype=torch.float64, device=sequences.device)
         data = _observations(sequences)
         passes = _Passes(first, later, data, initial)
         evidence = passes.filter()
@@ -153,14 +154,14 @@ class _Passes:
 
     def final_state(self, lengths: Tensor, template: State) -> Any:
         """A sampler of the state after each sequence's last frame."""
-        row = torch.arange(len(lengths))
-        mean = torch.stack(self.next_means, 1)[row, lengths.cpu() - 1]
-        covariance = torch.stack(self.next_covariances, 1)[row, lengths.cpu() - 1]
+        row = torch.arange(len(lengths), device=lengths.device)
+        mean = torch.stack(self.next_means, 1)[row, lengths - 1]
+        covariance = torch.stack(self.next_covariances, 1)[row, lengths - 1]
 
         def sample(num_samples: int) -> State:
             values, vectors = torch.linalg.eigh(covariance)
             root = vectors * values.clamp(min=0).sqrt()[:, None]
-            noise = torch.randn(len(mean), num_samples, mean.shape[-1], dtype=mean.dtype)
+            noise = torch.randn(len(mean), num_samples, mean.shape[-1], dtype=mean.dtype, device=mean.device)
             flat = (mean[:, None] + noise @ root.transpose(-1, -2)).flatten(0, 1)
             at = 0
 
@@ -182,8 +183,8 @@ def _condition(mean: Tensor, covariance: Tensor, where: slice, value: Tensor) ->
     present = ~value.isnan()
     mean, covariance = mean.expand(len(value), -1), covariance.expand(len(value), -1, -1)
     residual = torch.where(present, value - mean[:, where], 0.0)
-    pick = torch.zeros(value.shape[-1], mean.shape[-1], dtype=mean.dtype)
-    pick[:, where] = torch.eye(value.shape[-1], dtype=mean.dtype)
+    identity = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
+    pick = identity[where]
     pick = torch.where(present[..., None], pick, 0.0)
     innovation = pick @ covariance @ pick.transpose(-1, -2) + torch.diag_embed((~present).double())
     factor, failed = torch.linalg.cholesky_ex(innovation)
@@ -194,5 +195,5 @@ def _condition(mean: Tensor, covariance: Tensor, where: slice, value: Tensor) ->
     whitened = torch.linalg.solve_triangular(factor, residual[..., None], upper=False)[..., 0]
     log_density = -0.5 * (whitened.square().sum(-1) + math.log(2 * math.pi) * present.sum(-1)) - factor.diagonal(
         dim1=-2, dim2=-1).log().sum(-1)
-    keep = torch.eye(mean.shape[-1], dtype=mean.dtype) - gain @ pick
+    keep = identity - gain @ pick
     return (mean + (gain @ residual[..., None])[..., 0], keep @ covariance @ keep.transpose(-1, -2), log_density)

@@ -70,7 +70,7 @@ class _Probe:
     """The runs of one step that reveal it. ``state`` is a row of the state it starts from, ``None`` at the start."""
 
     def __init__(self, model: Any, sequences: Sequences, state: State, check: bool):
-        self.model, self.sequences, self.check = model, sequences, check
+        self.model, self.sequences, self.check, self.device = model, sequences, check, sequences.device
         self.first = state is None
         names: set[str] = set()
         for method, positional in model.methods():
@@ -105,9 +105,9 @@ class _Probe:
         head = len(points)
         d, s = self.width, self.state_width
         shape = (len(self.times), self.batch)
-        linear = torch.zeros(*shape, d, d, dtype=torch.float64)
-        drift = torch.zeros(*shape, d, dtype=torch.float64)
-        noise = torch.zeros(*shape, d, d, dtype=torch.float64)
+        linear = torch.zeros(*shape, d, d, dtype=torch.float64, device=self.device)
+        drift = torch.zeros(*shape, d, dtype=torch.float64, device=self.device)
+        noise = torch.zeros(*shape, d, d, dtype=torch.float64, device=self.device)
         tolerance = 1e-9 if self.dtype == torch.float64 else 2e-4
         for name, (where, mean, covariance) in out["sites"].items():
             base, directions = mean[:, :, 0], mean[:, :, 1:head] - mean[:, :, :1]
@@ -125,14 +125,14 @@ class _Probe:
         if self.check:
             self._require_affine("the next state", after[:, :, head:], base, directions, tests, tolerance)
         # u = E_s state + L u + drift + noise, with L strictly lower triangular by blocks.
-        solve = torch.linalg.inv(torch.eye(d, dtype=torch.float64) - linear)
+        solve = torch.linalg.inv(torch.eye(d, dtype=torch.float64, device=self.device) - linear)
         return LinearStep(
             s, {name: (where, self.latents[name]) for name, (where, _, _) in out["sites"].items() if name in self.latents},
             slice(s + self.latent_width, d), solve[..., :s], (solve @ drift[..., None])[..., 0],
             solve @ noise @ solve.transpose(-1, -2), directions.transpose(-1, -2), base, out["template"])
 
     def _latent_sites(self) -> dict[str, torch.Size]:
-        zero = torch.zeros(1, self.state_width + self.data_width)
+        zero = torch.zeros(1, self.state_width + self.data_width, device=self.device)
         state, x = self._unflatten_state(zero[:, :self.state_width], 1), self._unflatten_data(zero, self.state_width, 1)
         with StepSites(self._frame(1, x, repeat=False)) as step:
             self.model.apply(state, self._frame(1, x, repeat=False))
@@ -150,12 +150,12 @@ class _Probe:
 
     def _points(self) -> tuple[Tensor, Tensor]:
         """Zero and one step along each coordinate; and the points to test at."""
-        points = torch.cat([torch.zeros(1, self.width), torch.eye(self.width)]).double()
-        generator = torch.Generator().manual_seed(0)
-        tests = [scale * torch.randn(_POINTS, self.width, generator=generator, dtype=torch.float64) for scale in SCALES]
+        points = torch.eye(self.width + 1, dtype=torch.float64, device=self.device)[:, 1:]
+        generator = torch.Generator("cpu").manual_seed(0)
         scale = max((float(v[~v.isnan()].abs().max()) for v in self.sequences.x.values() if (~v.isnan()).any()), default=1.0)
-        tests.append(scale * torch.randn(_POINTS, self.width, generator=generator, dtype=torch.float64))
-        return points, torch.cat(tests)
+        tests = [s * torch.randn(_POINTS, self.width, generator=generator, dtype=torch.float64, device="cpu")
+                 for s in (*SCALES, scale)]
+        return points, torch.cat(tests).to(self.device)
 
     def _run(self, points: Tensor) -> dict[str, Any]:
         """Run the step at every point, time and sequence: means and covariances of the sites, and the next state."""
@@ -181,14 +181,15 @@ class _Probe:
             covariance = _covariance(site.p).double()
             sites[name] = (where, site.p.mean.double().reshape(*shape, width), covariance.reshape(*shape, width, width))
         flat = torch.cat([leaf.double().reshape(*shape, -1) for leaf in leaves(after)], -1) if leaves(after) else (
-            torch.zeros(*shape, 0, dtype=torch.float64))
+            torch.zeros(*shape, 0, dtype=torch.float64, device=self.device))
         return {"sites": sites, "next": flat, "template": map_state(lambda leaf: leaf[:1], after)}
 
     def _frame(self, count: int, x: dict[str, Tensor], repeat: bool = False) -> Frame:
-        times = torch.tensor(list(self.times))
+        times = torch.tensor(list(self.times), device=self.device)
         blocks = len(self.times) * self.batch if repeat else 1
         t = times[:, None, None].expand(len(self.times), self.batch, count).reshape(-1)
-        sequence = torch.arange(self.batch)[None, :, None].expand(len(self.times), self.batch, count).reshape(-1)
+        sequence = torch.arange(self.batch, device=self.device)[None, :, None].expand(
+            len(self.times), self.batch, count).reshape(-1)
         t, sequence = (t, sequence) if repeat else (t[:1].expand(count), sequence[:1].expand(count))
         covariates = {k: v[sequence, t - 1] for k, v in self.sequences.covariates.items()}
         return Frame(t, count * blocks, x, covariates, False, sequence, False, {}, self.sequences.device)

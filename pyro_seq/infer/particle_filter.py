@@ -258,7 +258,7 @@ class _Cloud:
             count = step.log_weights.shape[0]
             value = step.sites[site].value
             value = value.reshape(count, self.particles, *value.shape[1:])
-            per = [torch.stack([torch.as_tensor(weighed_quantile(v.to(levels), level.reshape(1), w, dim=0))[0]
+            per = [torch.stack([weighed_quantile(v.to(levels), level.reshape(1), w, dim=0)[0]
                                 for level in levels.reshape(-1)]) for v, w in zip(value, step.log_weights, strict=True)]
             found.append(torch.stack(per))
         out = pad_rows(found, self.packed.counts, self.packed).movedim(2, 0)

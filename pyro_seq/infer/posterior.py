@@ -133,7 +133,7 @@ class Posterior:
         if self.paths is None:
             raise ValueError(f"{self.method} kept no trajectories: use history=True and num_runs=1")
         steps = self.sequences.num_steps
-        times = torch.arange(1, steps + 1).expand(self.sequences.num_sequences, steps)
+        times = torch.arange(1, steps + 1, device="cpu").expand(self.sequences.num_sequences, steps)
         return Draws(self.paths(num_samples), times)
 
     def predict(self, horizon: int, num_samples: int = 1000, **covariates: Any) -> Draws:
@@ -161,12 +161,12 @@ class Posterior:
                     drawn.setdefault(name, []).append(
                         site.value.reshape(batch, num_samples, *site.value.shape[1:]).transpose(0, 1))
         return Draws({name: torch.stack(parts, 2) for name, parts in drawn.items()},
-                     lengths.cpu()[:, None] + torch.arange(1, horizon + 1))
+                     lengths.cpu()[:, None] + torch.arange(1, horizon + 1, device="cpu"))
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per sequence, time, latent site and entry: filtered (and smoothed) mean and standard deviation."""
         frames = []
-        times = torch.arange(1, self.sequences.num_steps + 1).expand(self.sequences.num_sequences, -1)
+        times = torch.arange(1, self.sequences.num_steps + 1, device="cpu").expand(self.sequences.num_sequences, -1)
         for site in {**self.filtered, **self.smoothed}:
             columns = {}
             for what, found in (("filtered", self.filtered), ("smoothed", self.smoothed)):

@@ -103,7 +103,7 @@ class Variational:
             return {name: value[:, :, index].movedim(2, 0) for name, value in paths.items()}
 
         def quantile(site: str, q: Any) -> Tensor:
-            return Draws({site: paths[site].movedim(2, 0)}, torch.empty(0)).quantile(site, q)
+            return Draws({site: paths[site].movedim(2, 0)}, sequences.lengths).quantile(site, q)
 
         return Posterior(
             method=type(self.guide).__name__, kind=f"{LOWER_BOUND} ({self.bound.upper()})", log_evidence=evidence,
