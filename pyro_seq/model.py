@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor
 
@@ -49,7 +50,7 @@ class SequentialModel(SequentialModule):
         ...         return self.cell(torch.cat([z, x], -1), h)
         >>> model = Recurrent()
         >>> trace = poutine.trace(model).get_trace(torch.zeros(5, 2, 1))
-        >>> [site for site, node in trace.nodes.items() if node["type"] == "sample"]
+        >>> [site for site in trace.nodes if site[-2:] in ("_1", "_2")]
         ['z_1', 'x_1', 'z_2', 'x_2']
         >>> trace.nodes["z_2"]["value"].shape
         torch.Size([5, 2])
@@ -106,7 +107,7 @@ class SequentialModel(SequentialModule):
         from pyro_seq.engine.loop import simulate
 
         sequences = Sequences.of(None, lengths, covariates=covariates)
-        with torch.no_grad():
+        with torch.no_grad(), pyro.get_param_store().scope():
             return self.within(simulate, self, sequences)
 
     # The engine's side of the declaration.

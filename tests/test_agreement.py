@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import guides
+from cases import guides
 from models import VRNN, DeepMarkov, TwoSites, ragged
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO

@@ -10,7 +10,7 @@ import contextlib
 import pyro
 import pytest
 import torch
-from models import DeepMarkov, HiddenMarkov, VRNN, linear_gaussian
+from models import VRNN, DeepMarkov, HiddenMarkov, linear_gaussian
 from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import Adam
 

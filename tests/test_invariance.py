@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import all_models, guides
+from cases import all_models, guides
 from models import VRNN, DeepMarkov, HiddenMarkov, LocalLevel, ragged
 
 import pyro_seq as seq

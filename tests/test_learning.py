@@ -168,7 +168,7 @@ def test_no_run_diverges(seed):
 
 def train_a_little(seed, steps):
     """Every model of the tests with AVF, gaps included: the loss stays finite, and below where a wild start would be."""
-    from conftest import all_models
+    from cases import all_models
 
     pyro.set_rng_seed(seed)
     names = list(all_models())

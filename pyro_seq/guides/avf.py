@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, kl_divergence
@@ -100,7 +101,7 @@ class AmortizedVariationalFilter(NetworkGuide):
         :returns: ``(iterations + 1, B, T)``; the first is the prior's; zero past a sequence's end.
         """
         sequences = Sequences.of(x, lengths, mask=mask, covariates=covariates)
-        with torch.no_grad():
+        with torch.no_grad(), pyro.get_param_store().scope():
             return self.within(self.model.within, self._free_energy, sequences, num_particles)
 
     def _free_energy(self, sequences: Sequences, num_particles: int) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyro
 import torch
 from torch import Tensor
 
@@ -153,7 +154,7 @@ class Posterior:
         frames = (Frame(lengths[sequence] + h, batch * num_samples, {},
                         {k: v[:, h - 1].to(device)[sequence] for k, v in future.covariates.items()}, False, sequence,
                         False, {}, device) for h in range(1, horizon + 1))
-        with torch.no_grad():
+        with torch.no_grad(), pyro.get_param_store().scope():
             drawn: dict[str, list[Tensor]] = {}
             for sites, _ in self.model.within(lambda: list(propagate(self.model, self.final_state(num_samples), frames)),
                                               globals=self.parameters):

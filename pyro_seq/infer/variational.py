@@ -42,7 +42,7 @@ class Variational:
         >>> model = LocalLevel()
         >>> posterior = seq.Variational(model, seq.FilteringGuide(model)).run(torch.zeros(2, 10))
         >>> posterior.kind
-        'lower bound'
+        'lower bound (ELBO)'
     """
 
     def __init__(self, model: Any, guide: Any, *, num_samples: int = 1000, bound: str = "elbo"):
