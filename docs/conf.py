@@ -24,6 +24,7 @@ python_maximum_signature_line_length = 90
 
 # Notebooks are shown as they were last saved; tests run them.
 nb_execution_mode = "off"
+myst_enable_extensions = ["dollarmath", "amsmath"]
 suppress_warnings = ["myst-nb.lexer"]  # A notebook that does not name its language.
 
 TUTORIALS = """\

@@ -6,14 +6,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-import pyro
 import torch
 from torch import Tensor
 
 from pyro_seq.engine.sites import LatentsDrawn, Proposal, Site, StepSites
 from pyro_seq.engine.state import State, check_state
 from pyro_seq.engine.unroll import unroll
-from pyro_seq.module import SequentialModule, accepted
+from pyro_seq.module import SequentialModule, accepted, own_parameters
 from pyro_seq.sequences import Frame, Sequences
 
 __all__ = ["SequentialModel", "StateSpaceModel"]
@@ -107,7 +106,7 @@ class SequentialModel(SequentialModule):
         from pyro_seq.engine.loop import simulate
 
         sequences = Sequences.of(None, lengths, covariates=covariates)
-        with torch.no_grad(), pyro.get_param_store().scope():
+        with torch.no_grad(), own_parameters(self):
             return self.within(simulate, self, sequences)
 
     # The engine's side of the declaration.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -14,7 +15,7 @@ from pyro.nn import PyroModule, pyro_method
 from pyro.params import param_with_module_name
 from torch import Tensor
 
-__all__ = ["SequentialModule", "accepted", "require_count", "require_guide", "require_model"]
+__all__ = ["SequentialModule", "accepted", "own_parameters", "require_count", "require_guide", "require_model"]
 
 
 _NO_INIT = "{name}.__init__ does not call super().__init__(): do so before anything else"
@@ -90,6 +91,13 @@ class SequentialModule(PyroModule):
                        if not name.endswith("_unconstrained") and self._parameters[name] is not None})
         return values
 
+    def store_names(self) -> dict[str, torch.nn.Parameter]:
+        """This module's parameters by the names they have in Pyro's store."""
+        if "_values" not in self.__dict__:
+            raise TypeError(_NO_INIT.format(name=type(self).__name__))
+        return {_store_name(self, self._pyro_name, prefix, name): value for prefix, module in self.named_modules()
+                for name, value in module.named_parameters(prefix="", recurse=False)}
+
     def _refuse_collisions(self) -> None:
         """Two modules with one name would share, or silently never train, their parameters."""
         if pyro.settings.get("module_local_params"):
@@ -97,16 +105,12 @@ class SequentialModule(PyroModule):
         stored = dict(pyro.get_param_store().named_parameters())
         if not stored:
             return
-        root = self._pyro_name
-        for prefix, module in self.named_modules():
-            for name, value in module.named_parameters(prefix="", recurse=False):
-                key = _store_name(self, root, prefix, name)
-                if key in stored and stored[key] is not value:
-                    raise ValueError(
-                        f"parameter {key!r} of this {type(self).__name__} is already in Pyro's parameter store, put "
-                        "there by another model or guide of the same name: training one would silently leave the other "
-                        f"as it is. Give this one a name, {type(self).__name__}(..., name='other'), or call "
-                        "pyro.clear_param_store() first")
+        for key, value in self.store_names().items():
+            if key in stored and stored[key] is not value:
+                raise ValueError(
+                    f"parameter {key!r} of this {type(self).__name__} is already in Pyro's parameter store, put there by "
+                    "another model or guide of the same name: training one would silently leave the other as it is. Give "
+                    f"this one a name, {type(self).__name__}(..., name='other'), or call pyro.clear_param_store() first")
 
 
 def _store_name(root_module: PyroModule, root: str, prefix: str, name: str) -> str:
@@ -121,6 +125,21 @@ def _store_name(root_module: PyroModule, root: str, prefix: str, name: str) -> s
     if isinstance(owner, PyroModule):
         return ".".join([*path, name])
     return param_with_module_name(".".join(path), ".".join([*parts, name]))
+
+
+@contextmanager
+def own_parameters(*modules: SequentialModule | None) -> Iterator[None]:
+    """Run with the parameters that the modules hold, leaving Pyro's store as it is.
+
+    Two models of one name can thus be filtered and compared in one process. Parameters of plain ``pyro.param`` statements
+    keep the values they have in the store.
+    """
+    store = pyro.get_param_store()
+    state = store.get_state()
+    own = {name for module in modules if module is not None for name in module.store_names()}
+    kept = {what: {name: value for name, value in values.items() if name not in own} for what, values in state.items()}
+    with store.scope(kept):
+        yield
 
 
 @cache

@@ -94,3 +94,41 @@ def test_a_hidden_markov_function():
     ratio = (log_evidence - (-3.3725)).exp()
     # The reference number is rounded to its last digit.
     assert abs(ratio.mean() - 1) < 4 * ratio.std() / 20 + 1e-4
+
+
+def test_parameters_of_the_function_are_those_of_the_store():
+    """A trained ``pyro.param`` is what the filter and the guide's posterior see; ragged batches too."""
+    def shifted(x, lengths=None):
+        z = pyro.param("start", torch.tensor(0.0)).expand(len(x))
+        for t in pyro.markov(range(x.shape[1])):
+            z = pyro.sample(f"z_{t}", dist.Normal(z, 0.5))
+            pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[:, t])
+
+    x = torch.full((2, 5), 3.0)
+    model = seq.from_pyro(shifted)
+    guide = seq.FilteringGuide(model, like=x, hidden=4)
+    shifted(x)
+    found = {}
+    for start in (0.0, 3.0):
+        pyro.get_param_store()["start"] = torch.tensor(start)
+        found[start] = (seq.ParticleFilter(model, 4000).run(x).total_log_evidence,
+                        seq.Variational(model, guide, num_samples=500).run(x, [5, 3]).total_log_evidence)
+    # Both series are 3 throughout: starting at 3 is better by many nats.
+    assert found[3.0][0] > found[0.0][0] + 5 and found[3.0][1] > found[0.0][1] + 5
+
+
+def test_two_models_of_one_name_can_be_filtered_and_compared():
+    """Inference reads the parameters that a model holds, whatever another of its name has put into the store."""
+    from models import DeepMarkov
+
+    x = torch.bernoulli(torch.full((1, 4, 4), 0.5))
+    first, second = DeepMarkov(), DeepMarkov()
+    guide = seq.FilteringGuide(first, hidden=4)
+    SVI(first, guide, Adam({"lr": 0.01}), seq.SequentialELBO()).step(x)
+    before = {k: v.clone() for k, v in second.state_dict().items()}
+    pyro.set_rng_seed(0)
+    here = seq.ParticleFilter(second, 200).run(x).log_evidence
+    assert all(torch.equal(v, before[k]) for k, v in second.state_dict().items())
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    assert torch.equal(seq.ParticleFilter(second, 200).run(x).log_evidence, here)

@@ -44,7 +44,7 @@ class Term(NamedTuple):
 
 def scores_in_one_call(model: Any) -> bool:
     """Whether the step is deterministic given its sites, as far as its modules tell."""
-    return not getattr(model, "state_grows", False) and not any(
+    return not model.state_grows and not any(
         isinstance(module, _RANDOM_OR_BATCHED) and module.training for module in model.modules())
 
 

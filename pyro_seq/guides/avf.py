@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import pyro
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, kl_divergence
@@ -13,7 +12,7 @@ from torch.distributions import Distribution, kl_divergence
 from pyro_seq.engine.sites import StepSites
 from pyro_seq.engine.state import State, by_step, map_state
 from pyro_seq.guides.network import Head, NetworkGuide
-from pyro_seq.module import require_count
+from pyro_seq.module import own_parameters, require_count
 from pyro_seq.sequences import Frame, Sequences, repeat_rows
 
 __all__ = ["AmortizedVariationalFilter"]
@@ -101,7 +100,7 @@ class AmortizedVariationalFilter(NetworkGuide):
         :returns: ``(iterations + 1, B, T)``; the first is the prior's; zero past a sequence's end.
         """
         sequences = Sequences.of(x, lengths, mask=mask, covariates=covariates)
-        with torch.no_grad(), pyro.get_param_store().scope():
+        with torch.no_grad(), own_parameters(self.model, self):
             return self.within(self.model.within, self._free_energy, sequences, num_particles)
 
     def _free_energy(self, sequences: Sequences, num_particles: int) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from pyro_seq.engine.families import Family
 from pyro_seq.engine.loop import propagate
 from pyro_seq.engine.state import flatten_state
-from pyro_seq.module import require_model
+from pyro_seq.module import own_parameters, require_model
 from pyro_seq.sequences import Sequences
 
 __all__ = ["Moments", "Probe", "probe"]
@@ -51,8 +50,7 @@ def probe(model: Any, like: Any, who: str) -> Probe:
     parameter = next((p for p in model.parameters()), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     devices = [device] if device.type == "cuda" else []
-    with (torch.random.fork_rng(devices), torch.no_grad(), poutine.block(), poutine.mask(mask=True),
-          pyro.get_param_store().scope()):
+    with torch.random.fork_rng(devices), torch.no_grad(), poutine.block(), own_parameters(model):
         torch.manual_seed(0)
         if not isinstance(like, Sequences):
             like = Sequences.of(like) if like is not None else Sequences.of(None, [_STEPS] * _ROWS)

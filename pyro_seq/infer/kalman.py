@@ -50,7 +50,7 @@ class KalmanFilter:
 
     def __init__(self, model: Any, *, assume_linear: bool = False):
         require_model(model, "KalmanFilter")
-        if getattr(model, "state_grows", False):
+        if model.state_grows:
             raise TypeError("a model from seq.from_pyro has no Markov state to filter: declare it as a StateSpaceModel")
         self.model, self.assume_linear = model, assume_linear
 

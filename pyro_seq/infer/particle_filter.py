@@ -114,13 +114,12 @@ class ParticleFilter:
             filtered[name] = Moments(center, pool(variances) + pool((means - center.repeat(
                 runs, *(1,) * (center.dim() - 1))).square()))
         kept = self.history and runs == 1
-        grows = getattr(self.model, "state_grows", False)
         return Posterior(
             method="bootstrap particle filter" if self.guide is None else "guided particle filter", kind=UNBIASED,
             log_evidence=mean, standard_error=error, sequences=sequences, seconds=watch.seconds,
             num_samples=particles * runs, filtered=filtered, ess=pool(cloud.ess()), parameters=parameters,
-            final_state=None if grows else cloud.final_state(share), paths=cloud.trajectories if kept else None,
-            cloud=cloud.quantile if kept else None, model=self.model)
+            final_state=None if self.model.state_grows else cloud.final_state(share),
+            paths=cloud.trajectories if kept else None, cloud=cloud.quantile if kept else None, model=self.model)
 
 
 def uniform(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:

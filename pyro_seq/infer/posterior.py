@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyro
 import torch
 from torch import Tensor
 
 from pyro_seq.engine.loop import propagate
 from pyro_seq.engine.state import State
-from pyro_seq.module import require_count
+from pyro_seq.module import own_parameters, require_count
 from pyro_seq.sequences import Frame, Sequences
 
 __all__ = ["EXACT", "LOWER_BOUND", "UNBIASED", "Draws", "Moments", "Posterior"]
@@ -74,7 +73,7 @@ class Draws:
         return self.samples[site]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Posterior:
     """The answer of an inference method about a batch of sequences.
 
@@ -110,6 +109,12 @@ class Posterior:
     cloud: Callable[[str, Any], Tensor] | None = field(default=None, repr=False)
     """Weighted quantiles of a site, ``(B, T, ...)``."""
     model: Any = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        count = "" if self.num_samples is None else f", {self.num_samples} samples"
+        sites = sorted({**self.filtered, **self.smoothed})
+        return (f"Posterior({self.method}: log evidence {self.total_log_evidence:.3f} ({self.kind}, standard error "
+                f"{self.total_standard_error:.2g}{count}), sites {sites}, {self.sequences})")
 
     @property
     def total_log_evidence(self) -> float:
@@ -154,7 +159,7 @@ class Posterior:
         frames = (Frame(lengths[sequence] + h, batch * num_samples, {},
                         {k: v[:, h - 1].to(device)[sequence] for k, v in future.covariates.items()}, False, sequence,
                         False, {}, device) for h in range(1, horizon + 1))
-        with torch.no_grad(), pyro.get_param_store().scope():
+        with torch.no_grad(), own_parameters(self.model):
             drawn: dict[str, list[Tensor]] = {}
             for sites, _ in self.model.within(lambda: list(propagate(self.model, self.final_state(num_samples), frames)),
                                               globals=self.parameters):

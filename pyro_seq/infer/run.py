@@ -7,11 +7,11 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_seq.module import own_parameters
 from pyro_seq.sequences import Sequences
 
 __all__ = ["Stopwatch", "entered"]
@@ -39,7 +39,7 @@ def entered(model: Any, guide: Any, sequences: Sequences, fn: Callable[[dict[str
         with poutine.trace() as tr:
             return model.within(lambda: fn(_globals(model, tr.trace, values)), globals=values)
 
-    with torch.no_grad(), pyro.get_param_store().scope():
+    with torch.no_grad(), own_parameters(model, guide):
         return inside() if guide is None else guide.within(inside)
 
 

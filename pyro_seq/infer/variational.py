@@ -90,7 +90,8 @@ class Variational:
         moments = {name: Moments(value.to(log_weights.dtype).mean(2), value.to(log_weights.dtype).var(2))
                    for name, value in paths.items()}
         smooths = getattr(self.guide, "bidirectional", False)
-        states = map_state(lambda *parts: torch.cat(parts), *ended)
+        grows = self.model.state_grows
+        states = None if grows else map_state(lambda *parts: torch.cat(parts), *ended)
         states = map_state(lambda leaf: packed.unsort(leaf.reshape(-1, count, *leaf.shape[1:])), states)
 
         def final_state(num_samples: int) -> State:
@@ -109,5 +110,5 @@ class Variational:
             method=type(self.guide).__name__, kind=f"{LOWER_BOUND} ({self.bound.upper()})", log_evidence=evidence,
             standard_error=error, sequences=sequences, seconds=watch.seconds, num_samples=count,
             filtered={} if smooths else moments, smoothed=moments if smooths else {}, parameters=parameters,
-            final_state=None if getattr(self.model, "state_grows", False) else final_state, paths=draws, cloud=quantile,
+            final_state=None if grows else final_state, paths=draws, cloud=quantile,
             model=self.model, notes=("moments are of the guide's samples, not reweighted",))
