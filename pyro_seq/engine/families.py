@@ -194,7 +194,10 @@ def log_density(fn: Distribution, value: Tensor) -> Tensor:
         deviation = (value - base.loc) / base.scale
         half = torch.addcmul(base.scale.log(), deviation, deviation, value=0.5)
     else:
-        deviation = (value - base.loc).div_(base.scale)
+        loc = base.loc
+        if value.dim() and value.stride(0) == 0 == loc.stride(0):  # all rows alike, as one frame for many particles is
+            value, loc = value[:1], loc[:1]
+        deviation = (value - loc) / base.scale
         half = base.scale.log().addcmul_(deviation, deviation, value=0.5)
     if events:
         half = half.flatten(half.dim() - events)

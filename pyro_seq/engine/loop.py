@@ -38,8 +38,6 @@ class Step(NamedTuple):
     state: State
     log_weights: Tensor | None
     """``(n, N)`` accumulated since the last resampling; ``None`` when the loop only draws."""
-    increment: Tensor | None
-    """``(n, N)`` this step's contribution."""
     ancestors: Tensor | None
     """``(n, N)`` indices of the particles of the previous step, ``None`` when nothing was resampled."""
     auxiliary: Tensor | None
@@ -90,7 +88,7 @@ def forward(model: Any, guide: Any, sequences: Sequences, num_particles: int = 1
     plan, checks, names = _Plan(), CheckedOnce(), None
     for frame in packed.frames(num_particles):
         running = packed.counts[frame.t - 1]
-        ancestors, increment, auxiliary = None, None, None
+        ancestors, auxiliary = None, None
         if frame.first:
             state = model.begin(frame)
         else:
@@ -106,13 +104,13 @@ def forward(model: Any, guide: Any, sequences: Sequences, num_particles: int = 1
         encoding = map_state(lambda leaf, n=running: repeat_rows(leaf[:n], num_particles), encodings[frame.t - 1])
         with checks:
             if score:
-                sites, state, increment = weighted_step(model, guide, state, frame, encoding)
-                increment = increment.reshape(running, num_particles)
-                log_weights = increment if log_weights is None else log_weights + increment
+                sites, state, weight = weighted_step(model, guide, state, frame, encoding)
+                weight = weight.reshape(running, num_particles)
+                log_weights = weight if log_weights is None else log_weights + weight
             else:
                 sites, state, auxiliary = _draw_step(model, guide, state, frame, encoding, plan)
         names = _same_latents(model, names, sites, frame)
-        yield Step(frame, sites, before, state, log_weights, increment, ancestors, auxiliary)
+        yield Step(frame, sites, before, state, log_weights, ancestors, auxiliary)
 
 
 def _same_latents(model: Any, names: set[str] | None, sites: dict[str, Site], frame: Frame) -> set[str]:
