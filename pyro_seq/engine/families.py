@@ -95,7 +95,7 @@ class Family:
             self.shapes = {a: tuple(v.shape[1:]) for a, v in tensors.items()}
             self.width = sum(torch.Size(s).numel() for s in self.shapes.values())
             self.charts = {a: None if _is_real(c) else transform_to(c) for a, c in self.arguments.items()}
-            self.where = self.slices()
+            self.sizes = [torch.Size(s).numel() for s in self.shapes.values()]
         if self.inner is not None:
             self.width, self.shapes = self.inner.width, self.inner.shapes
 
@@ -117,8 +117,7 @@ class Family:
                 return self.kind(inner, self.reinterpreted)
             return self.kind(inner, self.transforms)
         rows, values = flat.shape[0], {}
-        for argument, chart in self.charts.items():
-            part = flat[:, self.where[argument]]
+        for (argument, chart), part in zip(self.charts.items(), flat.split(self.sizes, -1), strict=True):
             part = part if len(self.shapes[argument]) == 1 else part.reshape(rows, *self.shapes[argument])
             values[argument] = part if chart is None else chart(part)
         return self.kind(**values)

@@ -33,6 +33,8 @@ def map_state(fn: Callable[..., Any], *states: State) -> State:
 
 def leaves(state: State) -> list[Tensor]:
     """The tensors of a state, in order."""
+    if isinstance(state, Tensor):
+        return [state]
     found: list[Tensor] = []
     map_state(lambda leaf: found.append(leaf) or leaf, state)
     return found
@@ -45,8 +47,8 @@ def join_states(states: list[State]) -> State:
 
 def flatten_state(state: State, rows: int) -> Tensor | None:
     """The floating entries of a state as one ``(rows, width)`` matrix, or ``None`` if it has none."""
-    floating = [leaf.reshape(rows, -1) for leaf in leaves(state) if leaf.is_floating_point()]
-    return torch.cat(floating, -1) if floating else None
+    floating = [leaf if leaf.dim() == 2 else leaf.reshape(rows, -1) for leaf in leaves(state) if leaf.is_floating_point()]
+    return None if not floating else floating[0] if len(floating) == 1 else torch.cat(floating, -1)
 
 
 def check_state(state: State, rows: int, where: str, like: State = None) -> None:

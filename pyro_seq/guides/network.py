@@ -38,9 +38,10 @@ class BySite(nn.ModuleDict):
 
     def __init__(self, modules: dict[str, nn.Module]):
         super().__init__({f"site_{name.replace('.', '_')}": module for name, module in modules.items()})
+        self.names = {name: f"site_{name.replace('.', '_')}" for name in modules}
 
     def __getitem__(self, site: str) -> nn.Module:
-        return super().__getitem__(f"site_{site.replace('.', '_')}")
+        return self._modules[self.names[site]]
 
 
 class Head(nn.Module):
@@ -54,7 +55,7 @@ class Head(nn.Module):
 
     def __init__(self, known: int, added: int, hidden: int, outputs: int):
         super().__init__()
-        self.hidden = hidden
+        self.sizes = (hidden, outputs)
         both = nn.Linear(known + added, hidden + outputs)
         with torch.no_grad():
             both.weight[hidden:].zero_()
@@ -63,10 +64,7 @@ class Head(nn.Module):
         self.known.weight.data = both.weight.data[:, :known].clone()
         self.known.bias.data = both.bias.data.clone()
         self.added = nn.Parameter(both.weight.data[:, known:].T.contiguous()) if added else None
-        self.output = nn.Linear(hidden, outputs)
-        with torch.no_grad():
-            self.output.weight.zero_()
-            self.output.bias.zero_()
+        self.output = nn.Parameter(torch.zeros(hidden, outputs))
 
     def prepare(self, known: Tensor) -> Tensor:
         """``(..., known)`` to ``(..., hidden + outputs)``."""
@@ -76,8 +74,8 @@ class Head(nn.Module):
         """``(rows, hidden + outputs)`` and features of ``added`` in all to ``(rows, outputs)``."""
         if added:
             prepared = torch.addmm(prepared, torch.cat(added, -1) if len(added) > 1 else added[0], self.added)
-        hidden, direct = prepared.split((self.hidden, prepared.shape[-1] - self.hidden), -1)
-        return direct + self.output(nn.functional.elu(hidden))
+        hidden, direct = prepared.split(self.sizes, -1)
+        return torch.addmm(direct, nn.functional.elu(hidden), self.output)
 
 
 class NetworkGuide(SequentialGuide):
