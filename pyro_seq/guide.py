@@ -56,6 +56,12 @@ class SequentialGuide(SequentialModule):
     greedy = False
     """Whether each step's latents are trained on that step alone, the future not reaching back through the state."""
 
+    @property
+    def reads_future(self) -> bool:
+        """Whether a step's proposal may depend on later frames, so that its draws smooth rather than filter. Taken to be so
+        where :meth:`prepare` is defined; set ``reads_future = False`` in the class if it reads the past only."""
+        return type(self).prepare is not SequentialGuide.prepare
+
     def __init__(self, model: Any, *, global_guide: Any = None, name: str | None = None):
         super().__init__(type(self).__name__ if name is None else name)
         self._model = (model,)

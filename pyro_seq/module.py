@@ -110,7 +110,8 @@ class SequentialModule(PyroModule):
                 raise ValueError(
                     f"parameter {key!r} of this {type(self).__name__} is already in Pyro's parameter store, put there by "
                     "another model or guide of the same name: training one would silently leave the other as it is. Give "
-                    f"this one a name, {type(self).__name__}(..., name='other'), or call pyro.clear_param_store() first")
+                    f"this one a name, {type(self).__name__}(..., name='other'), or call pyro.clear_param_store() first (to "
+                    "restore saved parameters, use state_dict() and load_state_dict())")
 
 
 def _store_name(root_module: PyroModule, root: str, prefix: str, name: str) -> str:

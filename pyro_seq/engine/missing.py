@@ -20,7 +20,7 @@ from torch.distributions import (
 
 from pyro_seq.engine.families import in_support
 
-__all__ = ["FrozenRows", "SomeEntries", "fill", "score_entries"]
+__all__ = ["FrozenRows", "SomeEntries", "fill", "require_imputable", "score_entries"]
 
 
 def fill(fn: Distribution, value: Tensor, present: Tensor, filler: Tensor | None = None) -> Tensor:
@@ -56,6 +56,24 @@ def score_entries(fn: Distribution, value: Tensor, present: Tensor, name: str) -
         f"site {name!r}: some rows of {type(fn).__name__} with event_shape {tuple(fn.event_shape)} are partly missing, "
         "and it cannot be marginalised over single entries. Use an emission with independent entries (.to_event) or a "
         "MultivariateNormal, or mark the whole frame as missing")
+
+
+def require_imputable(fn: Distribution, present: Tensor, name: str) -> None:
+    """Raise if a row is partly missing and its entries are not independent.
+
+    The missing entries of a frame that feeds the state are drawn given the others; only independent ones can be drawn from
+    the emission itself.
+    """
+    base, kept = fn, len(fn.batch_shape)
+    while isinstance(base, Independent):
+        base = base.base_dist
+    if base.event_shape:
+        rows = present.flatten(kept)
+        if not (rows.all(-1) == rows.any(-1)).all():
+            raise ValueError(
+                f"site {name!r}: some rows of {type(base).__name__} with event_shape {tuple(fn.event_shape)} are partly "
+                "missing in a model whose state reads the data: its entries are not independent, so the missing ones cannot be "
+                "drawn. Use an emission with independent entries (.to_event), or mark the whole frame as missing")
 
 
 class SomeEntries(TorchDistribution):

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_seq.engine.families import expand_rows, in_support, log_density, sample
-from pyro_seq.engine.missing import FrozenRows, SomeEntries, fill, score_entries
+from pyro_seq.engine.missing import FrozenRows, SomeEntries, fill, require_imputable, score_entries
 from pyro_seq.sequences import Frame
 
 __all__ = ["LatentsDrawn", "Proposal", "PyroSites", "Site", "StepSites", "draw"]
@@ -108,6 +108,8 @@ class StepSites(Messenger):
             present = _present(name, msg["value"], frame) if frame.missing else None
             if present is not None:
                 filler = self.values.get(name)
+                if self.impute:
+                    require_imputable(p, present, name)
                 if filler is None and self.impute:
                     filler = draw(p, name, frame)
                 value = fill(p, value, present, filler)
@@ -183,6 +185,7 @@ class PyroSites(Messenger):
             p = _rows_last(msg["fn"], self.frame.rows)
             filler = None
             if self.impute:
+                require_imputable(p, present, name)
                 self._emitting = True
                 absent = ~present
                 if self.running is not None:
@@ -246,24 +249,26 @@ def _observed_value(name: str, p: Distribution, value: Tensor, frame: Frame) -> 
                 raise TypeError(f"site {name!r}: the data is {value.dtype} and the model {first.dtype}; convert the "
                                 f"data with x.to({first.dtype}) or the model with model.to({value.dtype})")
         if frame.first:
-            _check_support(name, p, like, value, frame)
+            _check_support(name, p, like, frame)
     return value
 
 
-def _check_support(name: str, p: Distribution, like: Distribution, value: Tensor, frame: Frame) -> None:
-    """Check data against the support: all of it at once where the support is fixed, else this first frame."""
-    fixed = frame.whole is not None and name in frame.x and not isinstance(getattr(type(like), "support", None), property)
-    x = frame.whole.x[name] if fixed else value
-    filler = in_support(p)
-    filled = torch.where(x.isnan(), filler[:1, None].to(x) if fixed else filler.to(x), x) if x.is_floating_point() else x
-    inside = p.support.check(filled)
-    if fixed:
-        inside = inside.reshape(*x.shape[:2], -1).all(-1) | ~frame.whole.active
-    else:
-        inside = inside.reshape(frame.rows, -1).all(-1)
+def _check_support(name: str, p: Distribution, like: Distribution, frame: Frame) -> None:
+    """Check all data of a site against its support at once, at the first step, where the support is fixed.
+
+    Where it moves with the parameters, as a uniform's, a value outside has density zero: that is for the weights to say.
+    """
+    if isinstance(getattr(type(like), "support", None), property):
+        for fn in (p, like):
+            fn.__dict__["_validate_args"] = False
+        return
+    if frame.whole is None or name not in frame.x:
+        return
+    x = frame.whole.x[name]
+    filled = torch.where(x.isnan(), in_support(p)[:1, None].to(x), x) if x.is_floating_point() else x
+    inside = p.support.check(filled).reshape(*x.shape[:2], -1).all(-1) | ~frame.whole.active
     if not inside.all():
-        bad = (~inside).nonzero()[0].tolist()
-        b, t = bad if fixed else (int(frame.sequence[bad[0]]), 0)
+        b, t = (~inside).nonzero()[0].tolist()
         raise ValueError(f"site {name!r}: the data of sequence {b} at time {t + 1} lies outside the support of "
                          f"{type(like).__name__}: transform the data, or choose another distribution")
 
@@ -273,9 +278,10 @@ def _present(name: str, value: Tensor, frame: Frame) -> Tensor | None:
     if value.is_floating_point():
         missing = value.isnan()
         return ~missing if missing.any() else None
-    for key, observed in frame.observed.items():
-        if frame.x[key] is value:
-            return None if observed.all() else observed
+    for key, data in frame.x.items():
+        if data is value:
+            observed = frame.observed.get(key)
+            return None if observed is None or observed.all() else observed
     if frame.observed:
         raise ValueError(f"site {name!r} observes a function of integer data with gaps: observe the data itself "
                          "(obs=x), or pass floating data with NaN")

@@ -10,9 +10,9 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.poutine.runtime import apply_stack
 from torch import Tensor
 
+from pyro_seq.engine.handlers import look_around
 from pyro_seq.engine.loop import check_not_nan, check_shape_of_step
 from pyro_seq.engine.sites import PyroSites
 from pyro_seq.engine.state import State, by_step, leaves, map_state
@@ -38,11 +38,11 @@ def unroll(model: Any, sequences: Sequences, guide: Any = None, *, plate_size: i
     plate = nullcontext() if model.state_grows else pyro.plate(
         "sequences", batch if plate_size is None else plate_size, dim=-1, subsample=subsample)
     history = steps if model.markov_history is None else model.markov_history
-    outside = _outer_plates()
+    outside = list(look_around().plates)
     if guide is not None and outside:
         raise ValueError(f"{type(guide).__name__} runs on flat rows, not inside the outer plate(s) {outside}: use "
                          "SequentialELBO(num_particles=) for several particles, or leave vectorize_particles off")
-    values: dict[str, list[Tensor]] = {}
+    drawn: dict[str, list[Tensor]] = {}
     with plate:
         frame = sequences.frame(1)
         state = model.begin(frame)
@@ -78,14 +78,15 @@ def unroll(model: Any, sequences: Sequences, guide: Any = None, *, plate_size: i
             if frame.missing and model.missing_feeds_state:
                 check_not_nan(model, after)
             state = _keep(running, after, state, ranks)
-            for name, value in (sites.observed if sequences.x else {k: v for k, (_, v) in sites.drawn.items()}).items():
-                values.setdefault(name, []).append(value)
+            if not sequences.x:
+                for name, (_, value) in sites.drawn.items():
+                    drawn.setdefault(name, []).append(value)
     if guide is not None:
         return {}
-    stacked = {name: torch.stack(parts, dim=parts[0].dim() - _event_dim(parts[0], batch))
-               for name, parts in values.items()}
-    observed = {name: value for name, value in stacked.items() if sequences.x or name in model.data_names()} or stacked
-    return next(iter(observed.values())) if len(observed) == 1 else observed
+    values = dict(sequences.x) or {
+        name: torch.stack(parts, dim=parts[0].dim() - _event_dim(parts[0], batch)) for name, parts in drawn.items()
+        if name in model.data_names() or model.data_names().isdisjoint(drawn)}
+    return next(iter(values.values())) if len(values) == 1 else values
 
 
 def _event_dim(value: Tensor, batch: int) -> int:
@@ -98,12 +99,3 @@ def _keep(running: Tensor | None, after: State, before: State, ranks: State) -> 
         return after
     return map_state(lambda new, old, rank: torch.where(running.reshape(-1, *(1,) * rank), new, old),
                      after, before, ranks)
-
-
-def _outer_plates() -> list[str]:
-    """Vectorised plates around this program, such as Pyro's particles: a message that only plates take note of."""
-    message = {"type": "look_around", "name": "look_around", "fn": lambda: None, "args": (), "kwargs": {}, "value": None,
-               "is_observed": False, "scale": 1.0, "mask": None, "cond_indep_stack": (), "infer": {}, "done": False,
-               "stop": False, "continuation": None}
-    apply_stack(message)
-    return [frame.name for frame in message["cond_indep_stack"] if frame.vectorized]

@@ -125,6 +125,7 @@ class SmoothingGuide(FilteringGuide):
     """
 
     bidirectional = True
+    reads_future = True
 
     def _encode(self, frames: Tensor, lengths: Tensor) -> Tensor:
         # Packed, so that the backward pass starts at each sequence's own end.

@@ -9,9 +9,10 @@ from pyro import poutine
 from pyro.infer import ELBO
 from torch import Tensor
 
+from pyro_seq.engine.handlers import look_around
 from pyro_seq.engine.loop import Step, forward
 from pyro_seq.engine.score import Term, scores_in_one_call, stepwise_terms, terms
-from pyro_seq.module import require_count, require_guide, require_model
+from pyro_seq.module import own_parameters, require_count, require_guide, require_model
 from pyro_seq.sequences import Packed, Sequences
 
 __all__ = ["SequentialELBO"]
@@ -71,11 +72,17 @@ class SequentialELBO(ELBO):
         require_model(model, "SequentialELBO")
         require_guide(guide, model, "SequentialELBO")
         sequences = Sequences.of(x, lengths, mask=mask, covariates=covariates)
-        return guide.within(self._with_guide, model, guide, sequences, plate_size)
+        outside = look_around()
+        if outside.mask is not None or outside.plates:
+            raise ValueError("SequentialELBO is run inside poutine.mask or a plate: mark missing data with mask=, and use "
+                             "plate_size= for mini-batches")
+        return outside.scale * guide.within(self._with_guide, model, guide, sequences, plate_size)
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """Minus the bound, a number."""
-        with torch.no_grad():
+        require_model(model, "SequentialELBO")
+        require_guide(guide, model, "SequentialELBO")
+        with torch.no_grad(), own_parameters(model, guide):
             return self.differentiable_loss(model, guide, *args, **kwargs).item()
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:

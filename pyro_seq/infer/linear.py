@@ -33,7 +33,7 @@ class LinearStep(NamedTuple):
     """
 
     state_width: int
-    latents: dict[str, tuple[slice, torch.Size]]
+    latents: dict[str, tuple[Tensor, torch.Size]]
     """Where each latent site lies in ``u``, and its event shape."""
     observed: slice
     carry: Tensor
@@ -113,7 +113,7 @@ class _Probe:
             base, directions = mean[:, :, 0], mean[:, :, 1:head] - mean[:, :, :1]
             linear[:, :, where, :] = directions.transpose(-1, -2)
             drift[:, :, where] = base
-            noise[:, :, where, where] = covariance[:, :, 0]
+            noise[:, :, where[:, None], where] = covariance[:, :, 0]
             if self.check:
                 self._require_affine(f"site {name!r}: its mean", mean[:, :, head:], base, directions, tests, tolerance)
                 size = covariance.abs().amax((-1, -2), keepdim=True)
@@ -148,6 +148,18 @@ class _Probe:
                 "pyro.sample")
         return {name: site.value.shape[1:] for name, site in step.latents.items()}
 
+    def _columns(self, name: str, value: Tensor) -> Tensor:
+        """``(width,)``: the entries of u that an observed site holds. It observes the data itself, whole or in part."""
+        zero = value[:, :, :1]
+        directions = (value[:, :, 1:self.width + 1] - zero).round(decimals=6)
+        columns = directions[0, 0].abs().argmax(0)
+        expected = torch.zeros_like(directions[0, 0])
+        expected[columns, torch.arange(len(columns), device=columns.device)] = 1.0
+        if zero.any() or not (directions == expected).all() or (columns < self.width - self.data_width).any():
+            raise ValueError(f"site {name!r} of {type(self.model).__name__} observes a function of the data, such as x - 5. "
+                             "A Kalman filter conditions on the data itself; transform the data beforehand")
+        return columns
+
     def _points(self) -> tuple[Tensor, Tensor]:
         """Zero and one step along each coordinate; and the points to test at."""
         points = torch.eye(self.width + 1, dtype=torch.float64, device=self.device)[:, 1:]
@@ -172,14 +184,23 @@ class _Probe:
         with pyro.settings.context(validate_distributions_torch=False), StepSites(frame, values=values) as step:
             after = self.model.apply(state, frame)
         shape = (len(self.times), self.batch, count)
-        sites, start, at = {}, self.state_width, self.state_width + self.latent_width
+        sites, start = {}, self.state_width
         for name, site in step.sites.items():
             width = site.value[0].numel()
-            where = slice(at, at + width) if site.observed else slice(start, start + width)
-            start, at = (start, at + width) if site.observed else (start + width, at)
+            if site.scale is not None and (isinstance(site.scale, Tensor) or site.scale != 1.0) or site.mask is not None:
+                raise ValueError(f"site {name!r} stands under poutine.scale or poutine.mask, which a Kalman filter does not "
+                                 "know: mark missing data with NaN or mask=")
+            if site.observed:
+                where = self._columns(name, site.value.double().reshape(*shape, width))
+            else:
+                where = torch.arange(start, start + width, device=self.device)
+                start += width
             _require_gaussian(site.p, name, type(self.model).__name__)
             covariance = _covariance(site.p).double()
             sites[name] = (where, site.p.mean.double().reshape(*shape, width), covariance.reshape(*shape, width, width))
+        seen = torch.cat([where for name, (where, _, _) in sites.items() if name not in self.latents])
+        if len(seen.unique()) < len(seen):
+            raise ValueError(f"an entry of the data of {type(self.model).__name__} is observed twice in one step")
         flat = torch.cat([leaf.double().reshape(*shape, -1) for leaf in leaves(after)], -1) if leaves(after) else (
             torch.zeros(*shape, 0, dtype=torch.float64, device=self.device))
         return {"sites": sites, "next": flat, "template": map_state(lambda leaf: leaf[:1], after)}

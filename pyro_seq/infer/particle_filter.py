@@ -95,18 +95,20 @@ class ParticleFilter:
         steps = forward(self.model, guide, repeated, particles, between=cloud.resample)
         for step in tqdm(steps, total=sequences.num_steps, disable=not self.progress, desc="particle filter"):
             cloud.weigh(step)
-        evidence = cloud.finish().reshape(runs, batch)
+        so_far = cloud.finish().cumsum(1).reshape(runs, batch, -1)
+        evidence = so_far[..., -1]
         mean = evidence.logsumexp(0) - math.log(runs)
         if runs == 1:
             error = torch.full_like(mean, torch.nan)
         else:
             # The delta method: the relative standard error of the average of the estimates.
             error = (evidence - mean).exp().std(0) / math.sqrt(runs)
-        share = (evidence - evidence.logsumexp(0)).exp()
+        # What is said of time t weighs the runs by what they know at t.
+        share = so_far.softmax(0)
 
         def pool(value: Tensor) -> Tensor:
             value = value.reshape(runs, batch, *value.shape[1:])
-            return (share.reshape(runs, batch, *(1,) * (value.dim() - 2)) * value).sum(0)
+            return (share.reshape(share.shape + (1,) * (value.dim() - 3)) * value).sum(0)
 
         filtered = {}
         for name, (means, variances) in cloud.moments().items():
@@ -118,7 +120,7 @@ class ParticleFilter:
             method="bootstrap particle filter" if self.guide is None else "guided particle filter", kind=UNBIASED,
             log_evidence=mean, standard_error=error, sequences=sequences, seconds=watch.seconds,
             num_samples=particles * runs, filtered=filtered, ess=pool(cloud.ess()), parameters=parameters,
-            final_state=None if self.model.state_grows else cloud.final_state(share),
+            final_state=None if self.model.state_grows else cloud.final_state(share[..., -1]),
             paths=cloud.trajectories if kept else None, cloud=cloud.quantile if kept else None, model=self.model)
 
 
@@ -167,7 +169,7 @@ class _Cloud:
         log_weights = step.log_weights
         highest = log_weights.amax(-1, keepdim=True)
         if not highest.isfinite().all():
-            raise ValueError(_not_finite(self.method.model, step, highest[:, 0], log_weights))
+            raise ValueError(_not_finite(len(self.packed.order) // self.method.num_runs, step, highest[:, 0], log_weights))
         self.weights = (log_weights - highest).exp_()
         self.total = self.weights.sum(-1)
         self.effective = self.total.square() / torch.linalg.vector_norm(self.weights, dim=-1).square()
@@ -189,8 +191,9 @@ class _Cloud:
             self.steps.append(step)
 
     def finish(self) -> Tensor:
+        """``(R * B, T)`` log of each step's factor of the evidence; zero past a sequence's end."""
         self._set_aside(0)
-        return pad_rows(self.evidence, self.packed.counts, self.packed).sum(1)
+        return pad_rows(self.evidence, self.packed.counts, self.packed)
 
     def ess(self) -> Tensor:
         return pad_rows(self.effectives, self.packed.counts, self.packed)
@@ -264,13 +267,14 @@ class _Cloud:
         return out[0] if levels.dim() == 0 else out
 
 
-def _not_finite(model: Any, step: Step, highest: Tensor, log_weights: Tensor) -> str:
+def _not_finite(batch: int, step: Step, highest: Tensor, log_weights: Tensor) -> str:
     bad = int((~highest.isfinite()).nonzero()[0])
-    sequence = int(step.frame.sequence[bad * log_weights.shape[1]])
+    sequence = int(step.frame.sequence[bad * log_weights.shape[1]]) % batch
     where = f"at time {step.frame.t} in sequence {sequence}"
     if highest[bad] == -torch.inf:
-        return (f"all {log_weights.shape[1]} particles have weight zero {where}: the data there is impossible under every "
-                "particle. Use more particles, a guide that reads the data, or an emission with heavier tails")
+        sites = ", ".join(repr(name) for name, site in step.sites.items() if site.observed)
+        return (f"all {log_weights.shape[1]} particles have weight zero {where}: the data there (site {sites}) is impossible "
+                "under every particle. Use more particles, a guide that reads the data, or an emission with heavier tails")
     for name, site in step.sites.items():
         with pyro.settings.context(validate_distributions_torch=False):
             densities = (("model's", site.log_p()), ("guide's", None if site.q is None else site.log_q()))

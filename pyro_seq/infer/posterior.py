@@ -46,11 +46,11 @@ class Draws:
 
     def mean(self, site: str) -> Tensor:
         """``(B, H, ...)``"""
-        return self._of(site).to(torch.get_default_dtype()).mean(0)
+        return self._floating(site).mean(0)
 
     def std(self, site: str) -> Tensor:
         """``(B, H, ...)``"""
-        return self._of(site).to(torch.get_default_dtype()).std(0)
+        return self._floating(site).std(0)
 
     def quantile(self, site: str, q: float | list[float]) -> Tensor:
         """``(B, H, ...)``, with a leading dimension if ``q`` is a list."""
@@ -66,6 +66,10 @@ class Draws:
             columns |= {f"q{q:g}": self.quantile(site, q) for q in quantiles}
             frames.append(_table(site, columns, self.times))
         return pd.concat(frames, ignore_index=True)
+
+    def _floating(self, site: str) -> Tensor:
+        value = self._of(site)
+        return value if value.is_floating_point() else value.to(torch.get_default_dtype())
 
     def _of(self, site: str) -> Tensor:
         if site not in self.samples:

@@ -11,6 +11,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_seq.engine.handlers import look_around
 from pyro_seq.module import own_parameters
 from pyro_seq.sequences import Sequences
 
@@ -34,6 +35,11 @@ def entered(model: Any, guide: Any, sequences: Sequences, fn: Callable[[dict[str
     Global parameters come from a handler outside (``poutine.condition``), else from the guide, else from their prior,
     with a warning.
     """
+    outside = look_around()
+    if isinstance(outside.scale, Tensor) or outside.scale != 1.0 or outside.mask is not None or outside.plates:
+        raise ValueError("inference is run inside poutine.scale, poutine.mask or a plate, which would change the evidence: run "
+                         "it outside of them")
+
     def inside() -> Any:
         values = guide.draw_globals(sequences) if guide is not None else {}
         with poutine.trace() as tr:

@@ -89,7 +89,7 @@ class Variational:
         paths = {name: pad_rows(parts, packed.counts, packed, count) for name, parts in values.items()}
         moments = {name: Moments(value.to(log_weights.dtype).mean(2), value.to(log_weights.dtype).var(2))
                    for name, value in paths.items()}
-        smooths = getattr(self.guide, "bidirectional", False)
+        smooths = self.guide.reads_future
         grows = self.model.state_grows
         states = None if grows else map_state(lambda *parts: torch.cat(parts), *ended)
         states = map_state(lambda leaf: packed.unsort(leaf.reshape(-1, count, *leaf.shape[1:])), states)
