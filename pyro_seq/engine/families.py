@@ -214,7 +214,7 @@ def sample(fn: Distribution) -> Tensor:
     noise = _standard_normal(base.loc)
     if torch.is_grad_enabled():
         return torch.addcmul(base.loc, noise, base.scale)
-    return noise.mul_(base.scale).add_(base.loc)
+    return torch.addcmul(base.loc, noise, base.scale, out=noise)
 
 
 def _standard_normal(like: Tensor) -> Tensor:

@@ -136,7 +136,6 @@ class _Cloud:
         self.method, self.packed = method, sequences.packed
         self.particles = method.num_particles
         self.weights: Tensor | None = None
-        self.total: Tensor | None = None
         self.log_mean: Tensor | None = None
         self.base: Tensor | float = 0.0
         self.effective: Tensor | None = None
@@ -170,10 +169,10 @@ class _Cloud:
         highest = log_weights.amax(-1, keepdim=True)
         if not highest.isfinite().all():
             raise ValueError(_not_finite(len(self.packed.order) // self.method.num_runs, step, highest[:, 0], log_weights))
-        self.weights = (log_weights - highest).exp_()
-        self.total = self.weights.sum(-1)
-        self.effective = self.total.square() / torch.linalg.vector_norm(self.weights, dim=-1).square()
-        self.log_mean = highest[:, 0] + (self.total / self.particles).log()
+        self.weights = log_weights.softmax(-1)
+        self.effective = 1 / torch.linalg.vector_norm(self.weights, dim=-1).square()
+        # The largest normalised weight is that of the largest log weight, which gives the normalising constant.
+        self.log_mean = highest[:, 0] - self.weights.amax(-1).log() - math.log(self.particles)
         self.evidence.append(self.log_mean - self.base)
         self.effectives.append(self.effective)
         for name, site in step.sites.items():
@@ -181,8 +180,8 @@ class _Cloud:
                 continue
             value = site.value.reshape(*log_weights.shape, -1)
             value = value if value.is_floating_point() else value.to(log_weights.dtype)
-            mean = torch.bmm(self.weights[:, None], value) / self.total[:, None, None]
-            variance = torch.bmm(self.weights[:, None], (value - mean).square_()) / self.total[:, None, None]
+            mean = torch.bmm(self.weights[:, None], value)
+            variance = torch.bmm(self.weights[:, None], (value - mean).square_())
             shape = (log_weights.shape[0], *site.value.shape[1:])
             self.means.setdefault(name, []).append(mean.reshape(shape))
             self.variances.setdefault(name, []).append(variance.reshape(shape))
@@ -213,8 +212,7 @@ class _Cloud:
     def final_state(self, share: Tensor) -> Any:
         """A sampler of the final state of each sequence, over all runs. ``share`` is each run's part, ``(R, B)``."""
         states = map_state(lambda *parts: torch.cat(parts), *(state for state, _ in self.ended))
-        weights = torch.cat([w / w.sum(-1, keepdim=True) for _, w in self.ended])
-        weights = self.packed.unsort(weights)
+        weights = self.packed.unsort(torch.cat([w for _, w in self.ended]))
         states = map_state(lambda leaf: self.packed.unsort(leaf.reshape(-1, self.particles, *leaf.shape[1:])), states)
         runs, batch = share.shape
         pooled = (weights.reshape(runs, batch, -1) * share[..., None]).transpose(0, 1).reshape(batch, -1)
