@@ -276,6 +276,13 @@ def test_save_and_load(tmp_path):
     after = seq.Variational(other, other_guide, num_samples=10).run(x).log_evidence
     assert torch.equal(before, after)
 
+    import copy
+    import pickle
+
+    for again in (copy.deepcopy((other, other_guide)), pickle.loads(pickle.dumps((other, other_guide)))):
+        pyro.set_rng_seed(1)
+        assert torch.equal(seq.Variational(*again, num_samples=10).run(x).log_evidence, before)
+
 
 def test_dropout_is_scored_inside_the_loop():
     class Dropped(DeepMarkov):

@@ -16,21 +16,36 @@ from pyro_seq.sequences import Frame, Sequences
 __all__ = ["BySite", "Head", "NetworkGuide", "Standardise"]
 
 
+def _after_load(module: Standardise, _: Any) -> None:
+    module._derive()
+
+
 class Standardise(nn.Module):
-    """``(v - center) / spread``, and back; the moments are saved with the guide."""
+    """``(v - center) / spread``, and back; the moments are saved with the guide.
+
+    Features that are of unit size already, within a factor of two, are left as they are: a step has few operations to lose.
+    """
 
     def __init__(self, moments: Moments):
         super().__init__()
-        self.register_buffer("center", moments.center.clone())
-        self.register_buffer("spread", moments.spread.clone())
-        self.register_buffer("shift", -moments.center / moments.spread)
-        self.register_buffer("scale", 1 / moments.spread)
+        unit = bool((moments.center.abs() <= 0.5).all() and (moments.spread >= 0.5).all() and (moments.spread <= 2).all())
+        center = torch.zeros_like(moments.center) if unit else moments.center.clone()
+        spread = torch.ones_like(moments.spread) if unit else moments.spread.clone()
+        self.register_buffer("center", center)
+        self.register_buffer("spread", spread)
+        self._derive()
+        self.register_load_state_dict_post_hook(_after_load)
+
+    def _derive(self) -> None:
+        self.unit = bool((self.center == 0).all() and (self.spread == 1).all())
+        self.register_buffer("shift", -self.center / self.spread, persistent=False)
+        self.register_buffer("scale", 1 / self.spread, persistent=False)
 
     def forward(self, value: Tensor) -> Tensor:
-        return torch.addcmul(self.shift, value, self.scale)
+        return value if self.unit else torch.addcmul(self.shift, value, self.scale)
 
     def inverse(self, value: Tensor) -> Tensor:
-        return torch.addcmul(self.center, value, self.spread)
+        return value if self.unit else torch.addcmul(self.center, value, self.spread)
 
 
 class BySite(nn.ModuleDict):
