@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="pyro-seq", description="Sequential latent variable models for Pyro.")
     commands = parser.add_subparsers(required=True, metavar="command")
     demo = commands.add_parser("demo", help="four inferences of one model, on the Nile series", description=_DEMO)
-    demo.add_argument("--steps", type=_at_least_one, default=400, metavar="N",
+    demo.add_argument("--steps", type=_at_least_one, default=300, metavar="N",
                       help="SVI steps for each of the two guides (default: %(default)s)")
     demo.add_argument("--output", type=_figure, default=Path("nile.png"), metavar="FILE",
                       help="where the figure goes; its suffix says the format (default: %(default)s)")
