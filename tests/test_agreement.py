@@ -73,10 +73,12 @@ def assert_same(first, second, tolerance=1e-10):
 
 
 MODELS = {
-    "deep Markov": (lambda: DeepMarkov(gaussian=True), (4, 6, 4)),
-    "VRNN": (lambda: VRNN(), (4, 6, 4)),
-    "VRNN without advance": (lambda: VRNN(with_advance=False), (4, 6, 4)),
-    "two sites": (lambda: TwoSites(), (4, 6, 3)),
+    "deep Markov": (lambda: DeepMarkov(gaussian=True), lambda: torch.randn(4, 6, 4)),
+    # Discrete data: a gap that the state does not read must not be taken for a draw with a score function.
+    "binary frames": (lambda: DeepMarkov(), lambda: torch.bernoulli(torch.full((4, 6, 4), 0.5))),
+    "VRNN": (lambda: VRNN(), lambda: torch.randn(4, 6, 4)),
+    "VRNN without advance": (lambda: VRNN(with_advance=False), lambda: torch.randn(4, 6, 4)),
+    "two sites": (lambda: TwoSites(), lambda: torch.randn(4, 6, 3)),
 }
 
 
@@ -84,9 +86,9 @@ MODELS = {
 @pytest.mark.parametrize("guide", ["filtering", "direct", "smoothing", "avf"])
 @pytest.mark.parametrize("model", MODELS)
 def test_sequential_elbo_equals_pyro(model, guide, missing, monkeypatch, row_noise):
-    make, shape = MODELS[model]
+    make, data = MODELS[model]
     model = make()
-    x = ragged(torch.randn(shape), LENGTHS)
+    x = ragged(data(), LENGTHS)
     batch = seq.Sequences.of(with_gaps(x) if missing else x, LENGTHS)
     guide = guides(model, batch)[guide]()
     for parameter in guide.parameters():  # away from the zero that heads start at

@@ -74,24 +74,25 @@ def terms(model: Any, packed: Packed, steps: list[Step], num_particles: int, ana
             _same_sites({n for n, site in part[-1].sites.items() if not site.observed}, scored.sites)
             for name, site in scored.sites.items():
                 drawn = [] if site.observed else [step.sites[name] for step in part]
-                found.setdefault(name, []).append(_term(site, drawn, analytic_kl))
+                found.setdefault(name, []).append(_term(site, drawn, analytic_kl, model.missing_feeds_state))
     return [_join(parts) for parts in found.values()]
 
 
-def stepwise_terms(steps: list[Step], analytic_kl: bool) -> list[Term]:
+def stepwise_terms(model: Any, steps: list[Step], analytic_kl: bool) -> list[Term]:
     """The same terms from a loop that scored each step."""
     found: dict[str, list[Term]] = {}
     for step in steps:
         for name, site in step.sites.items():
-            found.setdefault(name, []).append(_term(site, [] if site.observed else [site], analytic_kl))
+            drawn = [] if site.observed else [site]
+            found.setdefault(name, []).append(_term(site, drawn, analytic_kl, model.missing_feeds_state))
     return [_join(parts) for parts in found.values()]
 
 
-def _term(scored: Site, drawn: list[Site], analytic_kl: bool) -> Term:
+def _term(scored: Site, drawn: list[Site], analytic_kl: bool, imputed: bool) -> Term:
     log_p = scored.log_p()
     if scored.observed:
         score = None
-        if scored.present is not None and not scored.p.has_rsample:
+        if imputed and scored.present is not None and not scored.p.has_rsample:
             score = score_entries(scored.p, scored.value, ~scored.present, scored.name)
         return Term(scored.name, True, log_p, None, None, score)
     if drawn[0].q is None:

@@ -43,7 +43,8 @@ class Site(NamedTuple):
     """What the value was drawn from; ``None`` for the model's own distribution or an observed value."""
     observed: bool
     present: Tensor | None
-    """Observed sites with gaps: booleans of the shape of ``value``. The other entries were drawn from ``p``."""
+    """Observed sites with gaps: booleans of the shape of ``value``. The other entries were drawn from ``p`` if the state
+    reads them, and hold a fixed value otherwise."""
     scale: float | Tensor
     mask: bool | Tensor | None
 

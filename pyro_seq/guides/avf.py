@@ -151,7 +151,9 @@ class AmortizedVariationalFilter(NetworkGuide):
             if features is None:
                 features = self._features(state, frame, encoding, proposal)
             with torch.set_grad_enabled(training):
-                moved = self._update(features, point.detach(), gradient, proposal)
+                # All but the last are trained for their own step: what they read of the past is given.
+                read = features if k == self.iterations - 1 else [features[0], *(f.detach() for f in features[1:])]
+                moved = self._update(read, point.detach(), gradient, proposal)
         result = _Moved(self, moved)
         result.auxiliary = auxiliary
         return result, energies

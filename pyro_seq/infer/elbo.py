@@ -115,7 +115,7 @@ class SequentialELBO(ELBO):
                              "from_pyro. Use preset='default'")
         steps = list(forward(model, guide, sequences, self.num_particles, score=not one_call))
         found = (terms(model, sequences.packed, steps, self.num_particles, self.analytic_kl) if one_call else
-                 stepwise_terms(steps, self.analytic_kl))
+                 stepwise_terms(model, steps, self.analytic_kl))
         bound, surrogate = self._bound(found, sequences.packed)
         if not bool(bound.isfinite()):
             raise ValueError(f"the bound is {bound.item()}: {_where_not_finite(found, steps, self.num_particles)}")
