@@ -176,6 +176,11 @@ class Sequences:
         return torch.arange(self.num_steps, device=self.device) < self.lengths[:, None]
 
     @cached_property
+    def inside_support(self) -> set[tuple[str, type]]:
+        """Data names and families whose support has been found to hold all of the data."""
+        return set()
+
+    @cached_property
     def packed(self) -> Packed:
         """The same data ordered by length, so that the running sequences of each step are a prefix."""
         return Packed(self)
@@ -261,8 +266,7 @@ class Packed:
         sequence = repeat_rows(self.order, num_particles)
         for t, count in enumerate(self.counts, start=1):
             def rows(values: dict[str, tuple[Tensor, ...]], t: int = t, count: int = count) -> dict[str, Tensor]:
-                return {k: repeat_rows(v[t - 1] if count == batch else v[t - 1][:count], num_particles)
-                        for k, v in values.items()}
+                return {k: repeat_rows(first_rows(v[t - 1], count), num_particles) for k, v in values.items()}
 
             yield Frame(
                 t, count * num_particles, rows(x), rows(covariates), self.missing[t - 1],
@@ -285,6 +289,11 @@ class Packed:
             {k: rows(v) for k, v in self.covariates.items()}, any(self.missing[start - 1:stop]),
             repeat_rows(order, num_particles), start == 1, {k: rows(v) for k, v in self.observed.items()},
             self.sequences.device, self.sequences)
+
+
+def first_rows(value: Tensor, count: int) -> Tensor:
+    """The first ``count`` rows; a slice of all of them would still cost a copy in every backward pass."""
+    return value if value.shape[0] == count else value[:count]
 
 
 def repeat_rows(value: Tensor, times: int) -> Tensor:

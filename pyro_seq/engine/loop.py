@@ -19,7 +19,7 @@ from torch.distributions import Distribution
 
 from pyro_seq.engine.sites import Site, StepSites, draw
 from pyro_seq.engine.state import State, by_step, check_state, leaves, map_state
-from pyro_seq.sequences import Frame, Sequences, repeat_rows
+from pyro_seq.sequences import Frame, Sequences, first_rows, repeat_rows
 
 __all__ = ["Between", "Step", "forward", "propagate", "simulate", "weighted_step"]
 
@@ -92,8 +92,7 @@ def forward(model: Any, guide: Any, sequences: Sequences, num_particles: int = 1
         if frame.first:
             state = model.begin(frame)
         else:
-            if leaves(state) and leaves(state)[0].shape[0] != frame.rows:
-                state = map_state(lambda leaf, rows=frame.rows: leaf[:rows], state)
+            state = map_state(lambda leaf, rows=frame.rows: first_rows(leaf, rows), state)
             if score:
                 log_weights = log_weights[:running]
                 if between is not None:
@@ -101,7 +100,7 @@ def forward(model: Any, guide: Any, sequences: Sequences, num_particles: int = 1
                     if ancestors is not None:
                         state = select(state, ancestors)
         before = state
-        encoding = map_state(lambda leaf, n=running: repeat_rows(leaf[:n], num_particles), encodings[frame.t - 1])
+        encoding = map_state(lambda leaf, n=running: repeat_rows(first_rows(leaf, n), num_particles), encodings[frame.t - 1])
         with checks:
             if score:
                 sites, state, weight = weighted_step(model, guide, state, frame, encoding)
@@ -233,8 +232,8 @@ def propagate(model: Any, state: State, frames: Iterator[Frame]) -> Iterator[tup
     for frame in frames:
         if frame.first:
             state = model.begin(frame)
-        elif leaves(state) and leaves(state)[0].shape[0] != frame.rows:
-            state = map_state(lambda leaf, rows=frame.rows: leaf[:rows], state)
+        else:
+            state = map_state(lambda leaf, rows=frame.rows: first_rows(leaf, rows), state)
         with StepSites(frame) as step:
             state = model.apply(state, frame)
         yield step.sites, state

@@ -263,7 +263,7 @@ def _check_support(name: str, p: Distribution, like: Distribution, frame: Frame)
         for fn in (p, like):
             fn.__dict__["_validate_args"] = False
         return
-    if frame.whole is None or name not in frame.x:
+    if frame.whole is None or name not in frame.x or (name, type(like)) in frame.whole.inside_support:
         return
     x = frame.whole.x[name]
     filled = torch.where(x.isnan(), in_support(p)[:1, None].to(x), x) if x.is_floating_point() else x
@@ -272,6 +272,7 @@ def _check_support(name: str, p: Distribution, like: Distribution, frame: Frame)
         b, t = (~inside).nonzero()[0].tolist()
         raise ValueError(f"site {name!r}: the data of sequence {b} at time {t + 1} lies outside the support of "
                          f"{type(like).__name__}: transform the data, or choose another distribution")
+    frame.whole.inside_support.add((name, type(like)))
 
 
 def _present(name: str, value: Tensor, frame: Frame) -> Tensor | None:

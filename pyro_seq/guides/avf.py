@@ -13,7 +13,7 @@ from pyro_seq.engine.sites import StepSites
 from pyro_seq.engine.state import State, by_step, map_state
 from pyro_seq.guides.network import Head, NetworkGuide
 from pyro_seq.module import own_parameters, require_count
-from pyro_seq.sequences import Frame, Sequences, repeat_rows
+from pyro_seq.sequences import Frame, Sequences, first_rows, repeat_rows
 
 __all__ = ["AmortizedVariationalFilter"]
 
@@ -111,9 +111,10 @@ class AmortizedVariationalFilter(NetworkGuide):
                           device=sequences.device)
         state = None
         for frame in packed.frames(num_particles):
-            state = model.begin(frame) if frame.first else map_state(lambda leaf, n=frame.rows: leaf[:n], state)
+            state = model.begin(frame) if frame.first else map_state(
+                lambda leaf, n=frame.rows: first_rows(leaf, n), state)
             count = packed.counts[frame.t - 1]
-            encoding = map_state(lambda leaf, n=count: repeat_rows(leaf[:n], num_particles), encodings[frame.t - 1])
+            encoding = map_state(lambda leaf, n=count: repeat_rows(first_rows(leaf, n), num_particles), encodings[frame.t - 1])
             proposal, energies = self._refine(state, frame, encoding, every=True)
             out[:, :count, frame.t - 1] = torch.stack(energies).reshape(-1, count, num_particles).mean(-1)
             with StepSites(frame, proposal, impute=model.missing_feeds_state):

@@ -89,7 +89,7 @@ class Head(nn.Module):
         """``(rows, hidden + outputs)`` and features of ``added`` in all to ``(rows, outputs)``."""
         if added:
             prepared = torch.addmm(prepared, torch.cat(added, -1) if len(added) > 1 else added[0], self.added)
-        hidden, direct = prepared.split(self.sizes, -1)
+        hidden, direct = torch.split_with_sizes(prepared, self.sizes, -1)
         return torch.addmm(direct, nn.functional.elu(hidden), self.output)
 
 

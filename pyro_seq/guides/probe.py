@@ -31,7 +31,8 @@ class Probe(NamedTuple):
     families: dict[str, Family]
     """Of each latent site, in the order the step samples them."""
     parameters: dict[str, Moments]
-    """Of the unconstrained parameters of each latent's prior."""
+    """Of the unconstrained parameters of each latent's proposals: centred as the prior's, and spread by one of its units
+    (:meth:`Family.unit`) more, since a posterior lies about so far from its prior."""
     frame: Moments
     """Of the data and covariates of one frame, flattened."""
     state: Moments | None
@@ -65,6 +66,7 @@ def _probe(model: Any, like: Sequences) -> Probe:
     model.check_inputs(some)
     families: dict[str, Family] = {}
     parameters: dict[str, list[Tensor]] = {}
+    units: dict[str, list[Tensor]] = {}
     states, frames = [], []
     for frame, (sites, state) in zip(some.packed.frames(), propagate(model, None, some.packed.frames()), strict=True):
         for name, site in sites.items():
@@ -75,12 +77,14 @@ def _probe(model: Any, like: Sequences) -> Probe:
                 raise ValueError(f"site {name!r} is {family.kind.__name__} at the first step and {type(site.p).__name__} "
                                  "later: a learned guide needs one family for all steps; write a SequentialGuide")
             parameters.setdefault(name, []).append(family.parameters(site.p))
+            units.setdefault(name, []).append(family.unit(site.p))
         states.append(flatten_state(model.read_state(state), frame.rows))
         frames.append(flat_frame(frame.x, frame.covariates, frame.rows))
     if not families:
         raise ValueError(f"{type(model).__name__} has no latent site to propose: its likelihood needs no guide")
     first = next(iter(parameters.values()))[0]
-    return Probe(families, {k: _moments(v) for k, v in parameters.items()}, _moments(frames),
+    reach = {k: _widened(_moments(v), torch.cat(units[k])) for k, v in parameters.items()}
+    return Probe(families, reach, _moments(frames),
                  None if states[0] is None else _moments(states), first.dtype, first.device)
 
 
@@ -109,6 +113,10 @@ def flat_frame(x: Mapping[str, Tensor], covariates: Mapping[str, Tensor], rows: 
     dtype = next((v.dtype for v in (*x.values(), *covariates.values()) if v.is_floating_point()),
                  torch.get_default_dtype())
     return torch.cat([v.reshape(rows, -1).to(dtype) for v in (*x.values(), *covariates.values())], -1)
+
+
+def _widened(moments: Moments, units: Tensor) -> Moments:
+    return Moments(moments.center, (moments.spread.square() + units.square().mean(0)).sqrt())
 
 
 def _moments(parts: list[Tensor]) -> Moments:
