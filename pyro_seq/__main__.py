@@ -61,9 +61,8 @@ def _demo(given: argparse.Namespace) -> int:
 {as_text(table)}
 
 The exact log evidence is {EXACT_LOG_EVIDENCE} nats, by the Kalman filter. A lower bound lies below it, by as much as the guide
-differs from the posterior: neither guide sees the future, and the best filter that is linear in the current flow and the
-last level reaches about -651.7. The log of an unbiased estimate is itself biased a little low. Seconds are those of the
-run alone, without the training.""")
+differs from the posterior: neither guide sees the future, so however long it trains a gap remains. The log of an unbiased
+estimate is itself biased a little low. Seconds are those of the run alone, without the training.""")
     save_figure(table, given.output)
     print(f"\nFigure: {given.output}")
     return 0

@@ -16,6 +16,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroParam, PyroSample
@@ -50,6 +51,11 @@ def kalman_filter(model, x=None, lengths=None, **inputs):
     return seq.KalmanFilter(model).run(x, lengths, **inputs)
 
 
+def variational(model, x=None, lengths=None, guide=None, **inputs):
+    return seq.Variational(model, guide or seq.PriorGuide(model)).run(x, lengths, **inputs)
+
+
+VARIATIONAL = variational
 CALL, PYRO, BOUND, FILTER, KALMAN = (call, trace_elbo, sequential_elbo, particle_filter, kalman_filter)
 SCORED = (PYRO, BOUND, FILTER)
 EVERY = (CALL, *SCORED)
@@ -750,6 +756,16 @@ def extra_batch_dimension_as_large_as_the_batch():
             return pyro.sample("z", dist.Normal(self.move(z), self.scale))
 
     sequential_elbo(Batched(), torch.randn(3, T, 2))
+
+
+@mistake(ValueError, "site 'x'", "poutine.scale", "kl_weight", ways=(FILTER, VARIATIONAL))
+def tempered_emission(run):
+    class Tempered(Walk):
+        def emission(self, z, x=None):
+            with poutine.scale(scale=0.5):
+                return super().emission(z, x)
+
+    run(Tempered(), torch.randn(B, T, 2))
 
 
 @mistake(ValueError, "site 'x'", r"batch_shape \(\d+, 2\)", r"to_event\(1\)", ways=EVERY)

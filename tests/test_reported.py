@@ -93,8 +93,9 @@ def test_pooled_runs_filter_and_do_not_smooth():
     """Averaged over very many tiny filters, the filtered mean is the filter's: runs are weighed by what they know at t."""
     model, x = LocalLevel(0.0, 1.0, 0.09, 1.0), torch.tensor([[0.0, 1.0, 3.0, 4.0]])
     exact = seq.KalmanFilter(model).run(x)
-    pooled = seq.ParticleFilter(model, 2, num_runs=40_000).run(x).filtered["z"].mean
-    assert ((pooled - exact.filtered["z"].mean).abs() < 0.06).all()
+    pooled = torch.stack([seq.ParticleFilter(model, 2, num_runs=20_000).run(x).filtered["z"].mean[0] for _ in range(16)])
+    error = pooled.std(0) / 4
+    assert ((pooled.mean(0) - exact.filtered["z"].mean[0]).abs() < 5 * error).all()  # t, 15 degrees: fails once in 1500
     assert (exact.smoothed["z"].mean - exact.filtered["z"].mean)[0, 0] > 0.5
 
 
@@ -211,3 +212,22 @@ def test_evaluating_a_loss_leaves_the_parameter_store_alone():
     for _ in range(2):  # as when the cell of a notebook is run again
         seq.SequentialELBO().loss(model, seq.FilteringGuide(model, hidden=4), x)
     assert not list(pyro.get_param_store().keys())
+
+
+def test_single_precision_kalman_filter_far_from_zero():
+    """Means of 1e4 beside noise of one: found linear, and right to the rounding of the data (slope at most 3 a step)."""
+    class Far(seq.StateSpaceModel):
+        def initial(self):
+            return pyro.sample("z", dist.Normal(1e4, 1.0))
+
+        def transition(self, z):
+            return pyro.sample("z", dist.Normal(1e4 + 0.9 * (z - 1e4), 0.5))
+
+        def emission(self, z, x=None):
+            return pyro.sample("x", dist.Normal(2 * z, 1.0), obs=x)
+
+    x = (2e4 + torch.randn(1, 20)).float()
+    exact = seq.KalmanFilter(Far()).run(x.double()).total_log_evidence
+    torch.set_default_dtype(torch.float32)
+    rounding = torch.finfo(torch.float32).eps * 2e4
+    assert abs(seq.KalmanFilter(Far()).run(x).total_log_evidence - exact) < 20 * 3 * rounding

@@ -7,6 +7,7 @@ the step is taken to be linear-Gaussian, *at the points tested*: no finite numbe
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import pyro
@@ -97,10 +98,17 @@ class _Probe:
         self.latents = self._latent_sites()
         self.latent_width = sum(shape.numel() for shape in self.latents.values())
         self.width = self.state_width + self.latent_width + self.data_width
+        self.stride = 1.0
 
     def matrices(self) -> LinearStep:
         model = type(self.model).__name__
         points, tests = self._points()
+        # Steps as large as the offsets, beside which a step of one would be lost in rounding.
+        found = self._run(points)
+        offsets = [mean[:, :, 0] for _, mean, _ in found["sites"].values()] + [found["next"][:, :, 0]]
+        largest = torch.cat([v.flatten() for v in offsets]).abs().nan_to_num().max().clamp(1.0, 1e30)
+        self.stride = 2.0 ** math.ceil(math.log2(largest))
+        points = points * self.stride
         out = self._run(torch.cat([points, tests]) if self.check else points)
         head = len(points)
         d, s = self.width, self.state_width
@@ -110,7 +118,7 @@ class _Probe:
         noise = torch.zeros(*shape, d, d, dtype=torch.float64, device=self.device)
         tolerance = 1e-9 if self.dtype == torch.float64 else 2e-4
         for name, (where, mean, covariance) in out["sites"].items():
-            base, directions = mean[:, :, 0], mean[:, :, 1:head] - mean[:, :, :1]
+            base, directions = mean[:, :, 0], (mean[:, :, 1:head] - mean[:, :, :1]) / self.stride
             linear[:, :, where, :] = directions.transpose(-1, -2)
             drift[:, :, where] = base
             noise[:, :, where[:, None], where] = covariance[:, :, 0]
@@ -121,7 +129,7 @@ class _Probe:
                     raise ValueError(f"site {name!r} of {model} is Gaussian, but its covariance depends on the state: the "
                                      "model is not linear-Gaussian. Use ParticleFilter or a guide")
         after = out["next"]
-        base, directions = after[:, :, 0], after[:, :, 1:head] - after[:, :, :1]
+        base, directions = after[:, :, 0], (after[:, :, 1:head] - after[:, :, :1]) / self.stride
         if self.check:
             self._require_affine("the next state", after[:, :, head:], base, directions, tests, tolerance)
         # u = E_s state + L u + drift + noise, with L strictly lower triangular by blocks.
@@ -151,7 +159,7 @@ class _Probe:
     def _columns(self, name: str, value: Tensor) -> Tensor:
         """``(width,)``: the entries of u that an observed site holds. It observes the data itself, whole or in part."""
         zero = value[:, :, :1]
-        directions = (value[:, :, 1:self.width + 1] - zero).round(decimals=6)
+        directions = ((value[:, :, 1:self.width + 1] - zero) / self.stride).round(decimals=6)
         columns = directions[0, 0].abs().argmax(0)
         expected = torch.zeros_like(directions[0, 0])
         expected[columns, torch.arange(len(columns), device=columns.device)] = 1.0

@@ -16,7 +16,7 @@ from pyro_seq.engine.state import State, map_state
 from pyro_seq.guide import PriorGuide
 from pyro_seq.infer.posterior import UNBIASED, Moments, Posterior
 from pyro_seq.infer.resampling import systematic
-from pyro_seq.infer.run import Stopwatch, entered
+from pyro_seq.infer.run import Stopwatch, entered, refuse_scaled
 from pyro_seq.module import require_count, require_guide, require_model
 from pyro_seq.sequences import Sequences
 
@@ -94,6 +94,7 @@ class ParticleFilter:
         cloud = _Cloud(self, repeated)
         steps = forward(self.model, guide, repeated, particles, between=cloud.resample)
         for step in tqdm(steps, total=sequences.num_steps, disable=not self.progress, desc="particle filter"):
+            refuse_scaled(self.model, step)
             cloud.weigh(step)
         so_far = cloud.finish().cumsum(1).reshape(runs, batch, -1)
         evidence = so_far[..., -1]

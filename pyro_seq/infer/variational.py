@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_seq.engine.loop import forward, pad_rows
 from pyro_seq.engine.state import State, map_state
 from pyro_seq.infer.posterior import LOWER_BOUND, Draws, Moments, Posterior
-from pyro_seq.infer.run import Stopwatch, entered
+from pyro_seq.infer.run import Stopwatch, entered, refuse_scaled
 from pyro_seq.module import require_count, require_guide, require_model
 from pyro_seq.sequences import Sequences
 
@@ -66,6 +66,7 @@ class Variational:
         weights: list[Tensor] = []
         last: Any = None
         for step in forward(self.model, self.guide, sequences, count):
+            refuse_scaled(self.model, step)
             running = step.log_weights.shape[0]
             if last is not None and running < last.log_weights.shape[0]:
                 ended.insert(0, map_state(lambda leaf, n=running: leaf[n * count:], last.state))
