@@ -68,7 +68,7 @@ class AmortizedVariationalFilter(NetworkGuide):
         require_count("iterations", iterations, 1)
         if preset not in ("default", "paper"):
             raise ValueError(f"preset={preset!r}; it is 'default' or 'paper'")
-        super().__init__(model, like=like, encoder=encoder, global_guide=global_guide, name=name)
+        super().__init__(model, like=like, encoder=encoder, global_guide=global_guide, name=name, narrow=True)
         self.iterations, self.preset, self.gradient = iterations, preset, gradient
         self.greedy = preset == "paper"
         width = sum(family.width for family in self.families.values())

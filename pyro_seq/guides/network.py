@@ -103,17 +103,20 @@ class NetworkGuide(SequentialGuide):
         covariates need it).
     :param encoder: a module from one frame ``(rows, ...)`` to features ``(rows, width)``, for images and the like; the
         flattened frame by default.
+    :param narrow: standardise the latents' parameters by the prior's spread alone, as suits a network that reads them and
+        is told the first step, where the prior is another, by the size of what it reads.
     """
 
     def __init__(self, model: Any, *, like: Any = None, encoder: nn.Module | None = None, global_guide: Any = None,
-                 name: str | None = None):
+                 name: str | None = None, narrow: bool = False):
         found = probe(model, like, type(self).__name__)
         super().__init__(model, global_guide=global_guide, name=name)
         self.families = found.families
         self.dtype = found.dtype
         self.frame_units = Standardise(found.frame)
         self.state_units = None if found.state is None else Standardise(found.state)
-        self.parameter_units = BySite({k: Standardise(v) for k, v in found.parameters.items()})
+        moments = found.parameters if narrow else found.reach
+        self.parameter_units = BySite({k: Standardise(v) for k, v in moments.items()})
         self.encoder = encoder
         self.state_width = 0 if found.state is None else len(found.state.center)
         self.frame_width = len(found.frame.center) + 1

@@ -31,8 +31,10 @@ class Probe(NamedTuple):
     families: dict[str, Family]
     """Of each latent site, in the order the step samples them."""
     parameters: dict[str, Moments]
-    """Of the unconstrained parameters of each latent's proposals: centred as the prior's, and spread by one of its units
-    (:meth:`Family.unit`) more, since a posterior lies about so far from its prior."""
+    """Of the unconstrained parameters of each latent's prior."""
+    reach: dict[str, Moments]
+    """Of the parameters of each latent's proposals: spread by one of the prior's units (:meth:`Family.unit`) more, since a
+    posterior lies about so far from its prior."""
     frame: Moments
     """Of the data and covariates of one frame, flattened."""
     state: Moments | None
@@ -83,8 +85,9 @@ def _probe(model: Any, like: Sequences) -> Probe:
     if not families:
         raise ValueError(f"{type(model).__name__} has no latent site to propose: its likelihood needs no guide")
     first = next(iter(parameters.values()))[0]
-    reach = {k: _widened(_moments(v), torch.cat(units[k])) for k, v in parameters.items()}
-    return Probe(families, reach, _moments(frames),
+    priors = {k: _moments(v) for k, v in parameters.items()}
+    reach = {k: _widened(v, torch.cat(units[k])) for k, v in priors.items()}
+    return Probe(families, priors, reach, _moments(frames),
                  None if states[0] is None else _moments(states), first.dtype, first.device)
 
 

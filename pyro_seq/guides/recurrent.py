@@ -58,7 +58,7 @@ class FilteringGuide(NetworkGuide):
     def __init__(self, model: Any, *, like: Any = None, hidden: int = 64, cell: str | None = "gru",
                  residual: bool = True, encoder: nn.Module | None = None, global_guide: Any = None,
                  name: str | None = None):
-        super().__init__(model, like=like, encoder=encoder, global_guide=global_guide, name=name)
+        super().__init__(model, like=like, encoder=encoder, global_guide=global_guide, name=name, narrow=residual)
         require_count("hidden", hidden, 1)
         if cell is not None and cell not in _CELLS:
             raise ValueError(f"cell={cell!r}; it is one of {sorted(_CELLS)}, or None to read the current frame alone")
