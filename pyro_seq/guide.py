@@ -170,15 +170,15 @@ class DrawnSites:
     def __init__(self, guide: str, sites: Mapping[str, tuple[Distribution, Tensor]]):
         self.guide, self.sites, self.left = guide, sites, set(sites)
 
-    def __call__(self, name: str, prior: Distribution) -> tuple[Distribution, Tensor]:
+    def __call__(self, name: str, prior: Distribution | None) -> tuple[Distribution, Tensor]:
         if name not in self.sites:
+            shape = "" if prior is None else f" (prior {type(prior).__name__}, shape {tuple(prior.shape())})"
             raise ValueError(
-                f"{self.guide}.step does not sample the model's latent site {name!r} (prior {type(prior).__name__}, "
-                f"shape {tuple(prior.shape())}); it samples {sorted(self.sites)}. If {name!r} is data, the model forgot "
-                f"obs={name}")
+                f"{self.guide}.step does not sample the model's latent site {name!r}{shape}; it samples {sorted(self.sites)}. "
+                f"If {name!r} is data, the model forgot obs={name}")
         self.left.discard(name)
         q, value = self.sites[name]
-        if value.shape != prior.shape():
+        if prior is not None and value.shape != prior.shape():
             raise ValueError(f"site {name!r}: the guide draws shape {tuple(value.shape)} and the model expects "
                              f"{tuple(prior.shape())}")
         return q, value

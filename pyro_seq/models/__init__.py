@@ -1,0 +1,15 @@
+"""Models of the literature, each a short declaration beside its published inference."""
+
+from pyro_seq.models.dmm import AugmentedDeepMarkovModel, DeepMarkovModel, StructuredInference
+from pyro_seq.models.srnn import SRNN, SRNNInference
+from pyro_seq.models.vrnn import VRNN, VRNNInference
+
+__all__ = [
+    "SRNN",
+    "VRNN",
+    "AugmentedDeepMarkovModel",
+    "DeepMarkovModel",
+    "SRNNInference",
+    "StructuredInference",
+    "VRNNInference",
+]
