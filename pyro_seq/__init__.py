@@ -1,5 +1,7 @@
 """Sequential latent variable models for Pyro: declare one step once, infer it in any way."""
 
+from pyro_seq.fit.evaluate import evaluate
+from pyro_seq.fit.train import fit, restore
 from pyro_seq.from_pyro import from_pyro
 from pyro_seq.guide import PriorGuide, SequentialGuide
 from pyro_seq.guides.avf import AmortizedVariationalFilter
@@ -28,7 +30,10 @@ __all__ = [
     "StateSpaceModel",
     "Variational",
     "compare",
+    "evaluate",
+    "fit",
     "from_pyro",
+    "restore",
 ]
 
 __version__ = "0.1.0"

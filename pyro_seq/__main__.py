@@ -1,10 +1,13 @@
-"""The command line: ``pyro-seq demo``, or ``python -m pyro_seq demo``."""
+"""The command line: ``pyro-seq demo``, ``fit`` and ``evaluate``, or ``python -m pyro_seq demo`` and so on."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from pyro_seq.fit.commands import add_commands
 
 __all__ = ["main"]
 
@@ -30,8 +33,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--seed", type=int, default=0, metavar="N",
                       help="of all random numbers; the same seed gives the same numbers (default: %(default)s)")
     demo.set_defaults(run=_demo)
+    add_commands(commands)
     given = parser.parse_args(arguments)
-    return given.run(given)
+    try:
+        return given.run(given)
+    except (ValueError, TypeError, OSError) as error:  # what the user can mend, without a traceback
+        print(f"pyro-seq: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
+        return 130
 
 
 def _at_least_one(text: str) -> int:

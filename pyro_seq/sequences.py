@@ -193,6 +193,34 @@ class Sequences:
             torch.arange(self.num_sequences, device=self.device), t == 1,
             {k: v[:, t - 1] for k, v in self.observed.items()}, self.device, self)
 
+    def select(self, index: Any) -> Sequences:
+        """Some of the sequences, in the order of ``index`` (integers ``(n,)``), as short as they can be.
+
+        Example::
+
+            >>> import torch
+            >>> batch = Sequences.of([torch.zeros(3, 2), torch.ones(5, 2)])
+            >>> batch.select([0])
+            Sequences(x=(1, 3, 2), lengths 3..3)
+        """
+        index = torch.as_tensor(index, device=self.device)
+        lengths = self.lengths[index]
+        if len(lengths) == 0:
+            raise ValueError("no sequence is selected: index is empty")
+        steps = int(lengths.max())
+
+        def rows(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {k: v[index, :steps] for k, v in values.items()}
+
+        return Sequences(rows(self.x), lengths, rows(self.covariates), rows(self.observed), self.has_missing)
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Sequences:
+        """The same data on another device, its floating values and covariates of another type."""
+        def move(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {k: v.to(device, dtype) if v.is_floating_point() else v.to(device) for k, v in values.items()}
+
+        return Sequences(move(self.x), self.lengths.to(device), move(self.covariates), move(self.observed), self.has_missing)
+
     def repeat(self, times: int) -> Sequences:
         """The whole batch ``times`` times over, one copy after the other."""
         if times == 1:
@@ -256,17 +284,18 @@ class Packed:
         counts = torch.tensor(self.counts, device=self.sequences.device)
         return torch.arange(self.sequences.num_sequences, device=self.sequences.device) < counts[:, None]
 
-    def frames(self, num_particles: int = 1) -> Iterator[Frame]:
-        """One frame a step, each running sequence repeated ``num_particles`` times (a sequence's rows together)."""
+    def frames(self, num_particles: int = 1, start: int = 1, stop: int | None = None) -> Iterator[Frame]:
+        """One frame a step of ``start..stop`` (1-based, inclusive; all by default), each running sequence repeated
+        ``num_particles`` times (a sequence's rows together)."""
         def by_time(values: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
-            return {k: v.unbind(1) for k, v in values.items()}
+            return {k: v[:, start - 1:stop].unbind(1) for k, v in values.items()}
 
         x, covariates, observed = by_time(self.x), by_time(self.covariates), by_time(self.observed)
         batch, device = self.counts[0], self.sequences.device
         sequence = repeat_rows(self.order, num_particles)
-        for t, count in enumerate(self.counts, start=1):
+        for t, count in enumerate(self.counts[start - 1:stop], start=start):
             def rows(values: dict[str, tuple[Tensor, ...]], t: int = t, count: int = count) -> dict[str, Tensor]:
-                return {k: repeat_rows(first_rows(v[t - 1], count), num_particles) for k, v in values.items()}
+                return {k: repeat_rows(first_rows(v[t - start], count), num_particles) for k, v in values.items()}
 
             yield Frame(
                 t, count * num_particles, rows(x), rows(covariates), self.missing[t - 1],

@@ -21,7 +21,7 @@ from pyro_seq.engine.sites import Site, StepSites, draw
 from pyro_seq.engine.state import State, by_step, check_state, leaves, map_state
 from pyro_seq.sequences import Frame, Sequences, first_rows, repeat_rows
 
-__all__ = ["Between", "Step", "forward", "propagate", "simulate", "weighted_step"]
+__all__ = ["Between", "Step", "Window", "forward", "propagate", "simulate", "weighted_step"]
 
 Between = Callable[[int, Tensor], tuple[Tensor | None, Tensor]]
 """Called before step ``t >= 2`` with the log weights ``(n, N)`` of the running sequences; returns the ancestors
@@ -42,6 +42,15 @@ class Step(NamedTuple):
     """``(n, N)`` indices of the particles of the previous step, ``None`` when nothing was resampled."""
     auxiliary: Tensor | None
     """``(n * N,)`` a further objective of the guide's own, to be minimised, where it has one."""
+
+
+class Window(NamedTuple):
+    """A stretch of a batch: steps ``start..stop`` (1-based, inclusive), begun from the state that step ``start - 1`` left."""
+
+    start: int
+    stop: int
+    state: State = None
+    """As in :class:`Step`: packed rows of at least the sequences that run at ``start``; unused at the first step."""
 
 
 def weighted_step(model: Any, guide: Any, state: State, frame: Frame, encoding: Any
@@ -71,8 +80,8 @@ def step_log_weight(sites: dict[str, Site], frame: Frame) -> Tensor:
 
 
 def forward(model: Any, guide: Any, sequences: Sequences, num_particles: int = 1, between: Between | None = None,
-            score: bool = True) -> Iterator[Step]:
-    """The forward loop over a packed batch.
+            score: bool = True, window: Window | None = None) -> Iterator[Step]:
+    """The forward loop over a packed batch, or over a window of it.
 
     :param model: a declared model, entered.
     :param guide: a sequential guide, entered.
@@ -82,25 +91,29 @@ def forward(model: Any, guide: Any, sequences: Sequences, num_particles: int = 1
     """
     model.check_inputs(sequences)
     packed = sequences.packed
-    encodings = by_step(map_state(packed.sort, guide.prepare_rows(sequences)), sequences.num_steps)
-    state: State = None
+    start, stop, state = window or (1, sequences.num_steps, None)
+    encodings = map_state(packed.sort, guide.prepare_rows(sequences))
+    if window is not None:
+        encodings = map_state(lambda leaf: leaf[:, start - 1:stop], encodings)
+    encodings = by_step(encodings, stop - start + 1)
     log_weights: Tensor | None = None
     plan, checks, names = _Plan(), CheckedOnce(), None
-    for frame in packed.frames(num_particles):
+    for frame in packed.frames(num_particles, start, stop):
         running = packed.counts[frame.t - 1]
         ancestors, auxiliary = None, None
         if frame.first:
             state = model.begin(frame)
         else:
             state = map_state(lambda leaf, rows=frame.rows: first_rows(leaf, rows), state)
-            if score:
+            if score and log_weights is not None:
                 log_weights = log_weights[:running]
                 if between is not None:
                     ancestors, log_weights = between(frame.t, log_weights)
                     if ancestors is not None:
                         state = select(state, ancestors)
         before = state
-        encoding = map_state(lambda leaf, n=running: repeat_rows(first_rows(leaf, n), num_particles), encodings[frame.t - 1])
+        encoding = map_state(lambda leaf, n=running: repeat_rows(first_rows(leaf, n), num_particles),
+                             encodings[frame.t - start])
         with checks:
             if score:
                 sites, state, weight = weighted_step(model, guide, state, frame, encoding)

@@ -51,13 +51,14 @@ def scores_in_one_call(model: Any) -> bool:
 def terms(model: Any, packed: Packed, steps: list[Step], num_particles: int, analytic_kl: bool) -> list[Term]:
     """The terms of the bound from a loop that only drew."""
     found: dict[str, list[Term]] = {}
-    split = 1 if model.begin(steps[0].frame) is None else 0
+    first = steps[0].frame
+    split = 1 if first.first and model.begin(first) is None else 0
     checks = CheckedOnce()
     for start, stop in ((0, split), (split, len(steps))):
         if start == stop:
             continue
         part = steps[start:stop]
-        frame = packed.flat(start + 1, stop, num_particles)
+        frame = packed.flat(first.t + start, first.t + stop - 1, num_particles)
         values = {name: torch.cat([step.sites[name].value for step in part]) for name in part[0].sites
                   if not part[0].sites[name].observed}
         if model.missing_feeds_state:

@@ -10,10 +10,11 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_seq.engine.handlers import look_around
-from pyro_seq.engine.loop import Step, forward
+from pyro_seq.engine.loop import Step, Window, forward
 from pyro_seq.engine.score import Term, scores_in_one_call, stepwise_terms, terms
+from pyro_seq.engine.state import State
 from pyro_seq.module import own_parameters, require_count, require_guide, require_model
-from pyro_seq.sequences import Packed, Sequences
+from pyro_seq.sequences import Sequences
 
 __all__ = ["SequentialELBO"]
 
@@ -69,14 +70,27 @@ class SequentialELBO(ELBO):
     def differentiable_loss(self, model: Any, guide: Any, x: Any = None, lengths: Any = None, *, mask: Any = None,
                             plate_size: int | None = None, **covariates: Any) -> Tensor:
         """Minus the bound of the whole batch, with gradients."""
+        sequences = Sequences.of(x, lengths, mask=mask, covariates=covariates)
+        return self.window_loss(model, guide, sequences, Window(1, sequences.num_steps), plate_size=plate_size)[0]
+
+    def window_loss(self, model: Any, guide: Any, sequences: Sequences, window: Window, *, plate_size: int | None = None
+                    ) -> tuple[Tensor, State]:
+        """Minus the bound's terms of one window of the steps, with gradients, and the state to begin the next window from.
+
+        Over windows that follow each other, each begun from the last one's (detached) state, the losses add up to that of
+        the whole; the gradient is truncated at their borders (truncated back-propagation through time).
+
+        :param sequences: the whole batch: the guide's encodings read all of it.
+        :returns: the loss, and the state after ``window.stop`` for the next :class:`~pyro_seq.engine.loop.Window`.
+        """
         require_model(model, "SequentialELBO")
         require_guide(guide, model, "SequentialELBO")
-        sequences = Sequences.of(x, lengths, mask=mask, covariates=covariates)
         outside = look_around()
         if outside.mask is not None or outside.plates:
             raise ValueError("SequentialELBO is run inside poutine.mask or a plate: mark missing data with mask=, and use "
                              "plate_size= for mini-batches")
-        return outside.scale * guide.within(self._with_guide, model, guide, sequences, plate_size)
+        loss, state = guide.within(self._with_guide, model, guide, sequences, plate_size, window)
+        return outside.scale * loss, state
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """Minus the bound, a number."""
@@ -95,14 +109,15 @@ class SequentialELBO(ELBO):
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         raise TypeError("SequentialELBO makes no traces; use Trace_ELBO on the same model and guide to see them")
 
-    def _with_guide(self, model: Any, guide: Any, sequences: Sequences, plate_size: int | None) -> Tensor:
+    def _with_guide(self, model: Any, guide: Any, sequences: Sequences, plate_size: int | None, window: Window
+                    ) -> tuple[Tensor, State]:
         with poutine.trace() as guide_trace:
             values = guide.draw_globals(sequences)
         with poutine.trace() as model_trace, poutine.condition(data=values):
-            return model.within(self._loss, model, guide, sequences, plate_size, guide_trace.trace, model_trace.trace)
+            return model.within(self._loss, model, guide, sequences, plate_size, window, guide_trace.trace, model_trace.trace)
 
-    def _loss(self, model: Any, guide: Any, sequences: Sequences, plate_size: int | None, guide_trace: poutine.Trace,
-              model_trace: poutine.Trace) -> Tensor:
+    def _loss(self, model: Any, guide: Any, sequences: Sequences, plate_size: int | None, window: Window,
+              guide_trace: poutine.Trace, model_trace: poutine.Trace) -> tuple[Tensor, State]:
         guide.refuse_unguided([name for name in model.global_sites() if not model_trace.nodes[name]["is_observed"]])
         scale = 1.0 if plate_size is None else plate_size / sequences.num_sequences
         if scale < 1:
@@ -113,34 +128,41 @@ class SequentialELBO(ELBO):
             raise ValueError(f"{type(guide).__name__} is trained greedily, which needs a step that is scored in one call; "
                              f"{type(model).__name__} has dropout or batch normalisation in training mode, or comes from "
                              "from_pyro. Use preset='default'")
-        steps = list(forward(model, guide, sequences, self.num_particles, score=not one_call))
+        whole = window.stop - window.start + 1 == sequences.num_steps
+        steps = list(forward(model, guide, sequences, self.num_particles, score=not one_call,
+                             window=None if whole else window))
         found = (terms(model, sequences.packed, steps, self.num_particles, self.analytic_kl) if one_call else
                  stepwise_terms(model, steps, self.analytic_kl))
-        bound, surrogate = self._bound(found, sequences.packed)
+        running = sequences.packed.running[window.start - 1:window.stop]
+        bound, surrogate = self._bound(found, running)
         if not bool(bound.isfinite()):
             raise ValueError(f"the bound is {bound.item()}: {_where_not_finite(found, steps, self.num_particles)}")
         auxiliary = [step.auxiliary.sum() for step in steps if step.auxiliary is not None]
         objective = scale * surrogate - (scale * torch.stack(auxiliary).sum() if auxiliary else 0.0)
         value = scale * bound
+        share = len(steps) / sequences.num_steps
         for term in _global_terms(model, guide_trace, model_trace):
-            objective, value = objective + term, value + term
+            objective, value = objective + share * term, value + share * term
         # The value of the bound with the gradient of the objective.
-        return -(value.detach() + objective - objective.detach())
+        return -(value.detach() + objective - objective.detach()), steps[-1].state
 
-    def _bound(self, found: list[Term], packed: Packed) -> tuple[Tensor, Tensor]:
-        """``(bound, surrogate)``: the bound of the batch, and what to differentiate for its gradient."""
+    def _bound(self, found: list[Term], running: Tensor) -> tuple[Tensor, Tensor]:
+        """``(bound, surrogate)``: the bound of the batch, and what to differentiate for its gradient.
+
+        :param running: ``(T, B)`` booleans.
+        """
         total: Tensor | None = None
         for term in found:
             part = self._contribution(term)
             if part is not None:
                 total = part if total is None else total + part
         if total is None:
-            total = torch.zeros(sum(packed.counts) * self.num_particles, device=packed.sequences.device)
+            total = torch.zeros(int(running.sum()) * self.num_particles, device=running.device)
         bound = surrogate = total.sum() / self.num_particles
         scores = [term.score_function for term in found if term.score_function is not None]
         if scores:
-            to_go = _by_time(total.detach(), packed, self.num_particles).flip(0).cumsum(0).flip(0)
-            surrogate = surrogate + (_by_time(sum(scores), packed, self.num_particles) * to_go).sum() / self.num_particles
+            to_go = _by_time(total.detach(), running, self.num_particles).flip(0).cumsum(0).flip(0)
+            surrogate = surrogate + (_by_time(sum(scores), running, self.num_particles) * to_go).sum() / self.num_particles
         return bound.detach(), surrogate
 
     def _contribution(self, term: Term) -> Tensor | None:
@@ -171,10 +193,10 @@ def _global_terms(model: Any, guide_trace: poutine.Trace, model_trace: poutine.T
     return found
 
 
-def _by_time(rows: Tensor, packed: Packed, num_particles: int) -> Tensor:
+def _by_time(rows: Tensor, running: Tensor, num_particles: int) -> Tensor:
     """Rows, step after step, as ``(T, B, N)`` with zeros past the sequences' ends."""
-    out = rows.new_zeros(*packed.running.shape, num_particles)
-    return out.masked_scatter(packed.running[..., None].expand_as(out), rows)
+    out = rows.new_zeros(*running.shape, num_particles)
+    return out.masked_scatter(running[..., None].expand_as(out), rows)
 
 
 def _where_not_finite(found: list[Term], steps: list[Step], num_particles: int) -> str:

@@ -98,7 +98,8 @@ class ParticleFilter:
             cloud.weigh(step)
         so_far = cloud.finish().cumsum(1).reshape(runs, batch, -1)
         evidence = so_far[..., -1]
-        mean = evidence.logsumexp(0) - math.log(runs)
+        pooled = so_far.logsumexp(0) - math.log(runs)
+        mean = pooled[..., -1]
         if runs == 1:
             error = torch.full_like(mean, torch.nan)
         else:
@@ -120,7 +121,9 @@ class ParticleFilter:
         return Posterior(
             method="bootstrap particle filter" if self.guide is None else "guided particle filter", kind=UNBIASED,
             log_evidence=mean, standard_error=error, sequences=sequences, seconds=watch.seconds,
-            num_samples=particles * runs, filtered=filtered, ess=pool(cloud.ess()), parameters=parameters,
+            num_samples=particles * runs, filtered=filtered,
+            log_evidence_by_step=pooled.diff(dim=-1, prepend=torch.zeros_like(pooled[:, :1])), ess=pool(cloud.ess()),
+            parameters=parameters,
             final_state=None if self.model.state_grows else cloud.final_state(share[..., -1]),
             paths=cloud.trajectories if kept else None, cloud=cloud.quantile if kept else None, model=self.model)
 

@@ -101,6 +101,9 @@ class Posterior:
     """Of z_t given x_1..x_t."""
     smoothed: Mapping[str, Moments] = field(default_factory=dict)
     """Of z_t given all of x, where the method gives it."""
+    log_evidence_by_step: Tensor | None = None
+    """``(B, T)`` log predictive density of each frame given the ones before, zero past a sequence's end: its sum is
+    ``log_evidence``. Where the method gives it."""
     ess: Tensor | None = None
     """``(B, T)`` effective sample size before resampling."""
     parameters: Mapping[str, Tensor] = field(default_factory=dict)

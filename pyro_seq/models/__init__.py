@@ -1,6 +1,7 @@
 """Models of the literature, each a short declaration beside its published inference."""
 
 from pyro_seq.models.dmm import AugmentedDeepMarkovModel, DeepMarkovModel, StructuredInference
+from pyro_seq.models.layers import match_marginals
 from pyro_seq.models.srnn import SRNN, SRNNInference
 from pyro_seq.models.vrnn import VRNN, VRNNInference
 
@@ -12,4 +13,5 @@ __all__ = [
     "SRNNInference",
     "StructuredInference",
     "VRNNInference",
+    "match_marginals",
 ]

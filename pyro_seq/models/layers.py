@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-__all__ = ["Emission", "GatedResidual", "NormalHead", "backward_rnn", "mlp"]
+from pyro_seq.sequences import Sequences
+
+__all__ = ["Emission", "GatedResidual", "NormalHead", "backward_rnn", "match_marginals", "mlp"]
 
 
 def mlp(inputs: int, hidden: int, outputs: int, layers: int = 1) -> nn.Sequential:
@@ -32,27 +36,24 @@ class NormalHead(nn.Module):
 
 
 class GatedResidual(nn.Module):
-    r"""The moments of a normal proposal as a gated step away from the prior's, in units of its scale.
+    r"""The moments of a normal proposal, gated between the prior's and a network's own.
 
-    .. math:: \mu_q = \mu_p + g \sigma_p \delta, \qquad \log \sigma_q = \log \sigma_p + g' \delta'
+    .. math:: \mu_q = (1 - g) \mu_p + g \mu, \qquad \log \sigma_q = (1 - g') \log \sigma_p + g' \log \sigma
 
-    A network of the features and of the prior's own moments. It starts at the prior, and its layer is of bounded units, since
-    a step that grew with the last one would run away.
+    :math:`g, g', \mu, \log \sigma` come from a network of the features and of the prior's moments. Its units are bounded and
+    its gates start halfway: a proposal that only followed the prior would follow one that runs away.
     """
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
         self.hidden = nn.Linear(inputs + 2 * outputs, inputs)
         self.linear = nn.Linear(inputs, 4 * outputs)
-        with torch.no_grad():
-            self.linear.weight[:2 * outputs].zero_()
-            self.linear.bias[:2 * outputs].zero_()
 
     def forward(self, features: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         hidden = torch.tanh(self.hidden(torch.cat([features, loc, scale.log()], -1)))
-        step, gate = self.linear(hidden).chunk(2, -1)
-        shift, log_ratio = (torch.sigmoid(gate) * step).chunk(2, -1)
-        return loc + scale * shift, scale * log_ratio.exp()
+        own, gate = self.linear(hidden).chunk(2, -1)
+        loc, log_scale = torch.lerp(torch.cat([loc, scale.log()], -1), own, torch.sigmoid(gate)).chunk(2, -1)
+        return loc, log_scale.exp()
 
 
 class Emission(nn.Module):
@@ -74,6 +75,43 @@ class Emission(nn.Module):
             return dist.Bernoulli(logits=out).to_event(1)
         loc, spread = out.chunk(2, -1)
         return dist.Normal(loc, softplus(spread)).to_event(1)
+
+
+def match_marginals(model: Any, data: Any) -> None:
+    """Let an untrained model's emission begin at the marginals of the data, by the biases of its last layer.
+
+    Training then begins with what depends on time. Without it the first updates go into the mean frame, by way of latents that
+    grow, and may run away.
+
+    :param model: one with an :class:`Emission` ``emit``, such as a :class:`DeepMarkovModel`.
+    :param data: as accepted by :meth:`pyro_seq.Sequences.of`; ``x`` is ``(B, T, observed)``.
+
+    Example::
+
+        >>> from pyro_seq.models import VRNN, match_marginals
+        >>> model = VRNN(observed=2, latent=2, hidden=4)
+        >>> match_marginals(model, torch.tensor([[[0.0, 1.0], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0]]]))
+        >>> torch.sigmoid(model.emit.network[-1].bias)
+        tensor([0.3000, 0.7000], grad_fn=<SigmoidBackward0>)
+    """
+    if not isinstance(getattr(model, "emit", None), Emission):
+        raise TypeError(f"match_marginals knows the models whose emission is `emit`, not {type(model).__name__}")
+    data = Sequences.of(data)
+    frames = data.x["x"][:, :data.num_steps][data.active]
+    bias = model.emit.network[-1].bias
+    if frames.shape[-1] * (1 if model.emit.kind == "bernoulli" else 2) != len(bias):
+        raise ValueError(f"frames have {frames.shape[-1]} entries and the model's have {model.sizes[0]}")
+    present = ~frames.isnan()
+    count = present.sum(0)
+    frames = frames.nan_to_num()
+    with torch.no_grad():
+        if model.emit.kind == "bernoulli":
+            bias.copy_(torch.logit((frames.sum(0) + 0.5) / (count + 1)))  # half a count each, for notes that never sound
+            return
+        mean = frames.sum(0) / count.clamp(min=1)
+        square = torch.where(present, frames - mean, 0.0).square().sum(0) / count.clamp(min=1)
+        scale = square.sqrt().clamp(min=1e-3)
+        bias.copy_(torch.cat([mean, scale.expm1().log()]))  # the inverse of softplus
 
 
 def backward_rnn(rnn: nn.RNNBase, inputs: Tensor, lengths: Tensor) -> Tensor:

@@ -1,0 +1,178 @@
+"""``pyro-seq fit`` and ``pyro-seq evaluate``."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+__all__ = ["add_commands"]
+
+_FIT = """\
+Train a model of the literature and a guide on piano rolls, once for each seed, and evaluate on the test split with the
+weights that were best on the validation split. The run lives in a folder: the same command goes on where it was
+interrupted, to the same numbers. Under torchrun, each process takes its share of every batch."""
+
+_EVALUATE = """\
+Evaluate the runs of a folder that `pyro-seq fit` made. Prints negative log likelihoods, bounded by the ELBO and by a particle
+filter with the guide as its proposal, in nats per frame; all frames scored, padding not."""
+
+_TRAINING = {  # options of pyro_seq.fit that the command has as its own, with their defaults
+    "epochs": 100, "batch_size": 20, "learning_rate": 3e-3, "schedule": "cosine", "warmup": 50, "clip": 5.0,
+    "weight_decay": 0.0, "averaging": 0.99, "kl_annealing": 20, "window": None, "every": 1, "patience": None}
+
+
+def add_commands(commands: Any) -> None:
+    """Add both commands to a parser's subparsers."""
+    from pyro_seq.fit.registry import GUIDES, MODELS
+
+    fit = commands.add_parser("fit", help="train a model on piano rolls", description=_FIT,
+                              formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    fit.add_argument("--model", choices=sorted(MODELS), default="dmm", help="the model")
+    fit.add_argument("--guide", choices=sorted(GUIDES), default="own", help="its guide; own is the published inference")
+    fit.add_argument("--data", default="jsb", metavar="NAME|FOLDER",
+                     help="jsb, nottingham, musedata, piano_midi, or a folder of MIDI files")
+    fit.add_argument("--output", type=Path, default=None, metavar="FOLDER", help="of the run (default: runs/DATA-MODEL-GUIDE)")
+    fit.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="one training run each")
+    fit.add_argument("--model-option", action=_Option, default={}, metavar="NAME=VALUE", help="e.g. latent=32; repeatable")
+    fit.add_argument("--guide-option", action=_Option, default={}, metavar="NAME=VALUE", help="e.g. iterations=2; repeatable")
+    for name, default in _TRAINING.items():
+        kind = {"schedule": str, "window": int, "patience": int}.get(name, type(default))
+        fit.add_argument("--" + name.replace("_", "-"), type=kind, default=default, metavar="N",
+                         choices=("cosine", "constant") if name == "schedule" else None, help="see pyro_seq.fit")
+    fit.set_defaults(run=_fit)
+
+    evaluate = commands.add_parser("evaluate", help="score the runs of a folder", description=_EVALUATE,
+                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    evaluate.add_argument("folder", type=Path, help="made by pyro-seq fit")
+    evaluate.add_argument("--split", choices=("train", "valid", "test"), default="test", help="of the data")
+    for command in (fit, evaluate):
+        command.add_argument("--samples", type=int, default=10, metavar="N", help="draws of the ELBO")
+        command.add_argument("--particles", type=int, default=128, metavar="N", help="of the particle bound; 0 leaves it out")
+        command.add_argument("--device", default="cpu", help="cpu or cuda")
+    evaluate.set_defaults(run=_evaluate)
+
+
+class _Option(argparse.Action):
+    """Collects NAME=VALUE into a dict, values as Python literals or else strings."""
+
+    def __call__(self, parser: Any, namespace: Any, text: Any, option_string: str | None = None) -> None:
+        name, found, value = text.partition("=")
+        if not found or not name:
+            parser.error(f"{option_string} {text!r} is not NAME=VALUE")
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            pass
+        setattr(namespace, self.dest, {**getattr(namespace, self.dest), name: value})
+
+
+def _load(name: str) -> Any:
+    from pyro_seq.data import POLYPHONIC, load_midi, load_polyphonic
+
+    if name in POLYPHONIC:
+        return load_polyphonic(name)
+    if Path(name).is_dir():
+        return load_midi(name)
+    raise ValueError(f"--data {name!r} is neither one of {sorted(POLYPHONIC)} nor a folder of MIDI files")
+
+
+def _build(settings: dict[str, Any], data: Any, device: str, seed: int) -> tuple[Any, Any]:
+    """The untrained model and guide of one run."""
+    import torch
+
+    from pyro_seq.fit.registry import make_guide, make_model
+    from pyro_seq.models import match_marginals
+
+    torch.manual_seed(seed)
+    train = data.train
+    model = make_model(settings["model"], train.x["x"].shape[-1], settings["model_options"])
+    match_marginals(model, train)
+    like = train.select(range(min(50, train.num_sequences)))
+    guide = make_guide(settings["guide"], model, settings["guide_options"], like)
+    return model.to(device), guide.to(device)
+
+
+def _fit(given: argparse.Namespace) -> int:
+    import torch
+
+    from pyro_seq.fit.parallel import launched, rank
+    from pyro_seq.fit.train import fit
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # On tensors this small, several threads mostly wait for each other.
+    settings = {"model": given.model, "guide": given.guide, "data": given.data, "model_options": given.model_option,
+                "guide_options": given.guide_option, "training": {name: getattr(given, name) for name in _TRAINING}}
+    folder = given.output or Path("runs") / f"{Path(given.data).name}-{given.model}-{given.guide}"
+    with launched(torch.device(given.device)):
+        _claim(folder, settings)
+        data = _load(given.data)
+        for seed in given.seeds:
+            model, guide = _build(settings, data, given.device, seed)
+            result = fit(model, guide, data.train.to(given.device), valid=data.valid.to(given.device), seed=seed,
+                         checkpoint=folder / f"seed-{seed}.ckpt", **settings["training"])
+            if rank() == 0:
+                result.history.to_csv(folder / f"seed-{seed}.csv", index=False)
+        first = rank() == 0
+    if not first:
+        return 0
+    given.folder, given.split = folder, "test"
+    return _evaluate(given)
+
+
+def _claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Write the settings into a new folder, or check that an old one has the same."""
+    path = folder / "settings.json"
+    if path.exists():
+        there = _settings(folder)
+        if there != settings:
+            differ = {k: (there.get(k), settings[k]) for k in settings if there.get(k) != settings[k]}
+            raise ValueError(f"{folder} holds a run with other settings (there, here): {differ}. Use the same ones to go on, "
+                             "or another --output to begin anew")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.part")
+    temporary.write_text(json.dumps(settings, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "settings.json").read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{folder} has no settings.json: it is not a folder that `pyro-seq fit` made") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / 'settings.json'} is damaged ({error}): delete the folder and train again") from None
+
+
+def _evaluate(given: argparse.Namespace) -> int:
+    import pandas as pd
+
+    from pyro_seq.fit.evaluate import evaluate
+    from pyro_seq.fit.train import restore
+
+    settings = _settings(given.folder)
+    checkpoints = sorted(given.folder.glob("seed-*.ckpt"), key=lambda path: int(path.stem[5:]))
+    if not checkpoints:
+        raise ValueError(f"{given.folder} holds no checkpoint seed-N.ckpt yet: run `pyro-seq fit` first")
+    data = _load(settings["data"])
+    tables = {}
+    for path in checkpoints:
+        seed = int(path.stem[5:])
+        model, guide = _build(settings, data, given.device, seed)
+        result = restore(model, guide, path)
+        table = evaluate(model, guide, getattr(data, given.split).to(given.device), num_samples=given.samples,
+                         num_particles=given.particles, progress=True)
+        tables[seed] = table.assign(epoch=result.best_epoch)
+    table = pd.concat(tables, names=["seed", "bound"])
+    print(f"\n{settings['model']} with guide {settings['guide']} on {settings['data']}, {given.split} split. Negative log "
+          "likelihood in nats per frame,\nbounded from above: all frames scored, the first from an empty past.\n")
+    print(table.to_string(float_format="{:.4f}".format))
+    if len(tables) > 1:
+        values = table["nats per frame"].groupby("bound", sort=False)
+        summary = pd.DataFrame({"mean": values.mean(), "std over seeds": values.std()})
+        print("\n" + summary.to_string(float_format="{:.4f}".format))
+    return 0
