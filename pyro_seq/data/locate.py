@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
+from urllib.error import HTTPError
 from urllib.request import urlopen
 from uuid import uuid4
 
@@ -95,6 +96,8 @@ def _chunks(url: str, path: Path, timeout: float) -> Iterator[bytes]:
         if expected:
             raise ConnectionError(f"the connection was closed {expected} bytes before the end")
     except (OSError, HTTPException, ValueError) as error:
+        if isinstance(error, HTTPError):
+            error.close()  # It holds the connection.
         raise ConnectionError(
             f"could not download {url}: {error}. Without a network, bring the file from elsewhere and put it at {path}, or "
             "set PYRO_SEQ_DATA to a folder that holds the data") from error

@@ -12,11 +12,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from pyro_seq.data.pianoroll import HIGHEST, LOWEST, NUM_NOTES, SPLITS, Polyphonic
-from pyro_seq.sequences import Sequences
+from pyro_seq.data.pianoroll import HIGHEST, LOWEST, NUM_NOTES, SPLITS, Polyphonic, padded
 
 __all__ = ["load_midi"]
 
@@ -78,7 +76,7 @@ def load_midi(folder: str | Path, step: float = 0.5, *, pedal: bool = False, val
         raise ValueError(f"step={step}: the time between frames is a positive number of quarter notes, at least 0.001")
     mido = _mido()
     dropped: dict[Path, int] = {}
-    splits = {split: Sequences.of([_roll(mido, path, grid, pedal, dropped) for path in paths])
+    splits = {split: padded([_roll(mido, path, grid, pedal, dropped) for path in paths])
               for split, paths in _split(folder, valid, test).items()}
     if dropped:
         warnings.warn(f"{sum(dropped.values())} notes outside MIDI {LOWEST} to {HIGHEST} were dropped, in {len(dropped)} "
@@ -119,14 +117,14 @@ def _split(folder: Path, valid: float, test: float) -> Mapping[str, Sequence[Pat
             "test": paths[num_train + num_valid:]}
 
 
-def _roll(mido: ModuleType, path: Path, grid: Fraction, pedal: bool, dropped: dict[Path, int]) -> Tensor:
+def _roll(mido: ModuleType, path: Path, grid: Fraction, pedal: bool, dropped: dict[Path, int]) -> np.ndarray:
     """One song, ``(T, 88)``."""
     try:
         song = mido.MidiFile(path)
     # A broken file can make mido raise almost anything.
     except Exception as error:
-        raise ValueError(f"{path} is not a readable MIDI file: {error or type(error).__name__}. Repair or remove it"
-                         ) from error
+        raise ValueError(f"{path} is not a readable MIDI file: {str(error) or type(error).__name__}. Repair or remove "
+                         "it") from error
     if song.type == 2:
         raise ValueError(f"{path} holds several independent sequences (MIDI type 2): save each as a file of its own")
     if song.ticks_per_beat <= 0:
@@ -140,7 +138,7 @@ def _roll(mido: ModuleType, path: Path, grid: Fraction, pedal: bool, dropped: di
     if not inside:
         raise ValueError(f"{path} has no notes from MIDI {LOWEST} to {HIGHEST}: remove it")
     ticks = grid * song.ticks_per_beat  # per frame
-    roll = torch.zeros(ceil(max(note.stop for note in inside) / ticks), NUM_NOTES, device="cpu")
+    roll = np.zeros((ceil(max(note.stop for note in inside) / ticks), NUM_NOTES), np.uint8)
     for note in inside:
         roll[ceil(note.start / ticks):ceil(note.stop / ticks), note.pitch - LOWEST] = 1
     return roll

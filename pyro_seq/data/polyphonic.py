@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from pyro_seq.data.locate import data_folder, download
-from pyro_seq.data.pianoroll import HIGHEST, LOWEST, NUM_NOTES, SPLITS, Polyphonic
-from pyro_seq.sequences import Sequences
+from pyro_seq.data.pianoroll import HIGHEST, LOWEST, NUM_NOTES, SPLITS, Polyphonic, padded
 
 __all__ = ["load_polyphonic"]
 
@@ -28,8 +26,6 @@ _SOURCES = {
     "piano_midi": ("piano_midi", "git:4cefeae9f30c9313182f49062299832eb2e9cb6c"),
 }
 """File name and checksum of the pickle by name."""
-
-_MEND = "delete it, so that it is downloaded again, or set PYRO_SEQ_DATA to a folder with a whole copy"
 
 
 def load_polyphonic(name: str, folder: str | Path | None = None) -> Polyphonic:
@@ -88,10 +84,10 @@ def load_polyphonic(name: str, folder: str | Path | None = None) -> Polyphonic:
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # Permissions and the like: the file is not to blame.
-        raise ValueError(f"{path} is not the piano rolls of {name}: {error or type(error).__name__}. If it is broken, "
-                         f"{_MEND}") from error
-    return Polyphonic(name, *(Sequences.of([torch.from_numpy(song).to(torch.get_default_dtype()) for song in splits[split]])
-                              for split in SPLITS))
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} is not the piano rolls of {name}: {reason}. If it is broken, delete it, so that it is "
+                         "downloaded again, or set PYRO_SEQ_DATA to a folder with a whole copy") from error
+    return Polyphonic(name, *(padded(splits[split]) for split in SPLITS))
 
 
 def _read_npz(path: Path) -> dict[str, list[np.ndarray]]:
