@@ -22,8 +22,9 @@ class Polyphonic(NamedTuple):
     """Polyphonic music as piano rolls, in three splits.
 
     Each split is a :class:`~pyro_seq.Sequences` of values ``x``, ``(B, T, 88)``, 0 or 1 in torch's default floating type
-    and on its default device: column ``n``, from 0, is MIDI note ``21 + n``. Pass it to a model whole, ``model(data.test)``, or in
-    mini-batches, ``model(x[rows], lengths[rows])`` with ``x, lengths = data.train.x["x"], data.train.lengths``.
+    and on its default device: column ``n``, from 0, is MIDI note ``21 + n``. Pass it to a model whole,
+    ``model(data.test)``, or in mini-batches, ``model(x[rows], lengths[rows])`` with ``x = data.train.x["x"]`` and
+    ``lengths = data.train.lengths``.
     """
 
     name: str
