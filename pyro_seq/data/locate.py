@@ -63,6 +63,7 @@ def download(url: str, path: Path, checksum: str | None = None, timeout: float =
 
     Example::
 
+        >>> from pathlib import Path
         >>> from pyro_seq.data.locate import download
         >>> download("https://example.org/songs.zip", Path("songs.zip"))  # doctest: +SKIP
     """

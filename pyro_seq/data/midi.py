@@ -56,6 +56,7 @@ def load_midi(folder: str | Path, step: float = 0.5, *, pedal: bool = False, val
     Example::
 
         >>> import mido, tempfile
+        >>> from pathlib import Path
         >>> from pyro_seq.data import load_midi
         >>> song = mido.MidiFile(ticks_per_beat=480)
         >>> song.tracks.append(mido.MidiTrack([

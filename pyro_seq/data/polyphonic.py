@@ -53,6 +53,7 @@ def load_polyphonic(name: str, folder: str | Path | None = None) -> Polyphonic:
     Example::
 
         >>> import pickle, tempfile
+        >>> from pathlib import Path
         >>> from pyro_seq.data import load_polyphonic
         >>> song = [(60, 64, 67), (), (62,)]  # MIDI notes at each step
         >>> with tempfile.TemporaryDirectory() as folder:
