@@ -11,7 +11,7 @@ from torch.distributions import Distribution, kl_divergence
 
 from pyro_seq.engine.sites import StepSites
 from pyro_seq.engine.state import State, by_step, map_state
-from pyro_seq.guides.network import Head, NetworkGuide
+from pyro_seq.guides.network import CELLS, Head, NetworkGuide
 from pyro_seq.module import own_parameters, require_count
 from pyro_seq.sequences import Frame, Sequences, first_rows, repeat_rows
 
@@ -41,6 +41,8 @@ class AmortizedVariationalFilter(NetworkGuide):
     :param bool gradient: False leaves the gradient out of the inputs and everything else in place: the control that
         belongs beside every figure of AVF.
     :param int hidden: units of the network.
+    :param cell: ``"gru"``, ``"lstm"`` or ``"rnn"``: the default preset's network also reads a recurrent encoding of the frames
+        so far, as :class:`~pyro_seq.FilteringGuide` does; ``None``: the current frame alone.
     :param encoder: a module from one frame ``(rows, ...)`` to features ``(rows, width)``.
     :param global_guide: a guide for the model's global parameters.
 
@@ -63,12 +65,14 @@ class AmortizedVariationalFilter(NetworkGuide):
     """
 
     def __init__(self, model: Any, iterations: int = 1, *, like: Any = None, preset: str = "default",
-                 gradient: bool = True, hidden: int | None = None, encoder: nn.Module | None = None,
+                 gradient: bool = True, hidden: int | None = None, cell: str | None = None, encoder: nn.Module | None = None,
                  global_guide: Any = None, name: str | None = None):
         require_count("iterations", iterations, 1)
         if preset not in ("default", "paper"):
             raise ValueError(f"preset={preset!r}; it is 'default' or 'paper'")
-        super().__init__(model, like=like, encoder=encoder, global_guide=global_guide, name=name, narrow=True)
+        if cell is not None and (cell not in CELLS or preset == "paper"):
+            raise ValueError(f"cell={cell!r}; it is one of {sorted(CELLS)} or None, and None with preset='paper'")
+        super().__init__(model, like=like, encoder=encoder, global_guide=global_guide, name=name)
         self.iterations, self.preset, self.gradient = iterations, preset, gradient
         self.greedy = preset == "paper"
         width = sum(family.width for family in self.families.values())
@@ -76,15 +80,22 @@ class AmortizedVariationalFilter(NetworkGuide):
         for site, family in self.families.items():
             self.slices[site] = slice(start, start + family.width)
             start += family.width
+        self.register_buffer("follow", torch.cat([torch.full((family.width,), float(self.follows[site]))
+                                                  for site, family in self.families.items()]), persistent=False)
+        size = 128 if hidden is None else hidden
+        encoded = self.frame_width + (0 if cell is None else size)
         added = self.state_width + (4 if gradient else 2) * width
         with self.device:
+            self.rnn = None if cell is None else CELLS[cell](self.frame_width, size, batch_first=True)
             self.update = (_Highway(width, 1024 if hidden is None else hidden) if preset == "paper" else
-                           Head(self.frame_width, added, 128 if hidden is None else hidden, 2 * width))
+                           Head(encoded, added, size, 2 * width))
         self.to(self.dtype)
 
     def prepare_rows(self, sequences: Sequences) -> Tensor | None:
         """``(B, T, hidden + outputs)``: what each frame adds to the update network."""
         frames = self.all_frames(sequences)
+        if self.rnn is not None:
+            frames = torch.cat([frames, self.rnn(frames)[0]], -1)
         return None if self.preset == "paper" else self.update.prepare(frames)
 
     def propose(self, state: State, frame: Frame, encoding: Tensor | None, emit: Any = None) -> _Moved:
@@ -126,36 +137,36 @@ class AmortizedVariationalFilter(NetworkGuide):
         """The refined proposal of one step, and the free energies met on the way."""
         state = map_state(lambda leaf: leaf.detach(), state) if self.greedy else state
         training = torch.is_grad_enabled()
-        moved = torch.zeros(frame.rows, self._width(), dtype=self.dtype, device=frame.device)
+        # lambda = kept * prior + own, starting at the prior.
+        kept = torch.ones(frame.rows, self._width(), dtype=self.dtype, device=frame.device)
+        own = torch.zeros_like(kept)
         energies, auxiliary, features = [], None, None
         for k in range(self.iterations + every):
             last = k == self.iterations
-            point = moved.detach()
-            reads = self.gradient or every
-            if reads:
+            proposal, gradient = _Moved(self, kept.detach(), own.detach()), None
+            if self.gradient or every:
                 with torch.enable_grad():
-                    point = point.requires_grad_()
-                    proposal = _Moved(self, point)
+                    proposal.nudge = torch.zeros_like(own, requires_grad=True)
                     energy = self._step_free_energy(state, frame, proposal)
-                    gradient = None if last else torch.autograd.grad(energy.sum(), point)[0]
+                    gradient = None if last else torch.autograd.grad(energy.sum(), proposal.nudge)[0]
                 energies.append(energy.detach())
                 if last:
                     break
             else:
-                proposal, gradient = _Moved(self, point), None
                 with torch.no_grad():
                     self._step_free_energy(state, frame, proposal)
+            start, unit = proposal.joined(proposal.starts), proposal.joined(proposal.units)
             if training and k > 0 and gradient is not None:
                 # The iterations before the last are trained on their own free energy.
-                term = (moved * gradient.nan_to_num()).sum(-1)
+                term = ((kept * start + own) / unit * gradient.nan_to_num()).sum(-1)
                 auxiliary = term if auxiliary is None else auxiliary + term
             if features is None:
                 features = self._features(state, frame, encoding, proposal)
             with torch.set_grad_enabled(training):
                 # All but the last are trained for their own step: what they read of the past is given.
-                read = features if k == self.iterations - 1 else [features[0], *(f.detach() for f in features[1:])]
-                moved = self._update(read, point.detach(), gradient, proposal)
-        result = _Moved(self, moved)
+                read = features if k == self.iterations - 1 else [*features[:1], *(f.detach() for f in features[1:])]
+                kept, own = self._update(read, start, unit, kept.detach(), own.detach(), gradient)
+        result = _Moved(self, kept, own)
         result.auxiliary = auxiliary
         return result, energies
 
@@ -180,42 +191,46 @@ class AmortizedVariationalFilter(NetworkGuide):
 
     def _features(self, state: State, frame: Frame, encoding: Tensor | None, proposal: _Moved) -> list[Tensor]:
         """What does not change from one iteration to the next."""
-        starts = torch.cat([self.parameter_units[name](proposal.starts[name]) for name in self.families], -1)
         if self.preset == "paper":
-            return [proposal.all_starts().detach()]
+            return []
+        starts = torch.cat([self.parameter_units[name](proposal.starts[name]) for name in self.families], -1)
         state_features = self.state_features(state, frame.rows)
         return [encoding, *([] if state_features is None else [state_features]), starts]
 
-    def _update(self, features: list[Tensor], moved: Tensor, gradient: Tensor | None, proposal: _Moved) -> Tensor:
+    def _update(self, features: list[Tensor], start: Tensor, unit: Tensor, kept: Tensor, own: Tensor, gradient: Tensor | None
+                ) -> tuple[Tensor, Tensor]:
+        """One iteration: ``lambda <- (1 - g) lambda + g f``."""
         if gradient is not None:
             gradient = gradient.detach().nan_to_num(nan=0.0, posinf=1e10, neginf=-1e10)
         if self.preset == "paper":
-            return self._published_update(features[0], moved, gradient, proposal)
+            return torch.zeros_like(own), self._published_update(start, unit, kept * start + own, gradient)
+        moved = ((kept - 1) * start + own) / unit
         signals = [] if not self.gradient else list(_sign_and_magnitude(gradient))
-        step, gate = self.update(*features, moved, *signals).chunk(2, -1)
-        keep = torch.sigmoid(gate)
-        return keep * moved + (1 - keep) * step
+        target, gate = self.update(*features, moved, *signals).chunk(2, -1)
+        parts = [self.target(name, torch.zeros_like(target[:, where]), unit[:, where], target[:, where], gate[:, where])
+                 for name, where in self.slices.items()]
+        target, gate = parts[0] if len(parts) == 1 else (torch.cat(part, -1) for part in zip(*parts, strict=True))
+        return torch.lerp(kept, self.follow, gate), torch.lerp(own, target, gate)
 
-    def _published_update(self, start: Tensor, moved: Tensor, gradient: Tensor, proposal: _Moved) -> Tensor:
-        unit = torch.cat([proposal.units[name] for name in self.families], -1).detach()
-        point = start + unit * moved
+    def _published_update(self, start: Tensor, unit: Tensor, point: Tensor, gradient: Tensor) -> Tensor:
         inputs = [part for name, family in self.families.items() for part in _layer_norms(
             self.slices[name], family, gradient / unit, point)]
         gate, target = self.update(torch.cat(inputs, -1))
         point = gate * point + (1 - gate) * target
         # The published range of a log variance, for a log scale.
         positive = torch.cat([family.log_scales() for family in self.families.values()]).to(point.device)
-        point = torch.where(positive, point.clamp(-7.5, 2.5), point)
-        return (point - start) / unit
+        return torch.where(positive, point.clamp(-7.5, 2.5), point)
 
 
 class _Moved:
-    """The proposal that moves each latent's prior, in its own family, by the given steps of its units."""
+    """The proposal that has each latent's prior moved, in its own family, to ``kept * prior + own``."""
 
     auxiliary: Tensor | None = None
+    nudge: Tensor | None = None
+    """A zero to differentiate by: a further move, in units of the prior's scale."""
 
-    def __init__(self, guide: AmortizedVariationalFilter, moved: Tensor):
-        self.guide, self.moved = guide, moved
+    def __init__(self, guide: AmortizedVariationalFilter, kept: Tensor, own: Tensor):
+        self.guide, self.kept, self.own = guide, kept, own
         self.starts: dict[str, Tensor] = {}
         self.units: dict[str, Tensor] = {}
 
@@ -224,15 +239,17 @@ class _Moved:
             raise ValueError(f"site {name!r} is {type(prior).__name__}, which has no pathwise gradient: amortized "
                              "variational filtering needs reparameterisable latents; use FilteringGuide or a "
                              "hand-written SequentialGuide")
-        family = self.guide.family(name, prior)
+        family, where = self.guide.family(name, prior), self.guide.slices[name]
         start, unit = family.parameters(prior), family.unit(prior)
         if self.guide.greedy:
             start = start.detach()
-        self.starts[name], self.units[name] = start.detach(), unit
-        return family.distribution(start + unit * self.moved[:, self.guide.slices[name]]), None
+        self.starts[name], self.units[name] = start.detach(), unit.detach()
+        point = torch.addcmul(self.own[:, where], self.kept[:, where], start)
+        return family.distribution(point if self.nudge is None else point + unit * self.nudge[:, where]), None
 
-    def all_starts(self) -> Tensor:
-        return torch.cat([self.starts[name] for name in self.guide.families], -1)
+    def joined(self, parts: dict[str, Tensor]) -> Tensor:
+        """``(rows, width)``: all sites' parts side by side."""
+        return torch.cat([parts[name] for name in self.guide.families], -1) if len(parts) > 1 else next(iter(parts.values()))
 
 
 class _Highway(nn.Module):

@@ -13,7 +13,11 @@ from pyro_seq.guide import SequentialGuide
 from pyro_seq.guides.probe import Moments, flat_frame, probe
 from pyro_seq.sequences import Frame, Sequences
 
-__all__ = ["BySite", "Head", "NetworkGuide", "Standardise"]
+__all__ = ["CELLS", "BySite", "Head", "NetworkGuide", "Standardise"]
+
+
+CELLS = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}
+"""Recurrent encoders by name."""
 
 
 def _after_load(module: Standardise, _: Any) -> None:
@@ -103,20 +107,20 @@ class NetworkGuide(SequentialGuide):
         covariates need it).
     :param encoder: a module from one frame ``(rows, ...)`` to features ``(rows, width)``, for images and the like; the
         flattened frame by default.
-    :param narrow: standardise the latents' parameters by the prior's spread alone, as suits a network that reads them and
-        is told the first step, where the prior is another, by the size of what it reads.
+    :param residual: whether proposals are gated between the prior and the network, see :meth:`target`.
     """
 
     def __init__(self, model: Any, *, like: Any = None, encoder: nn.Module | None = None, global_guide: Any = None,
-                 name: str | None = None, narrow: bool = False):
+                 name: str | None = None, residual: bool = True):
         found = probe(model, like, type(self).__name__)
         super().__init__(model, global_guide=global_guide, name=name)
         self.families = found.families
         self.dtype = found.dtype
         self.frame_units = Standardise(found.frame)
         self.state_units = None if found.state is None else Standardise(found.state)
-        moments = found.parameters if narrow else found.reach
-        self.parameter_units = BySite({k: Standardise(v) for k, v in moments.items()})
+        self.follows = {k: residual and v for k, v in found.follows.items()}
+        self.parameter_units = BySite({k: Standardise((found.parameters if follows else found.reach)[k])
+                                       for k, follows in self.follows.items()})
         self.encoder = encoder
         self.state_width = 0 if found.state is None else len(found.state.center)
         self.frame_width = len(found.frame.center) + 1
@@ -171,6 +175,17 @@ class NetworkGuide(SequentialGuide):
         if width != len(self.frame_units.center):
             raise ValueError(f"{type(self).__name__} was built for frames of {len(self.frame_units.center)} numbers (data "
                              f"and covariates) and is given {width}: build it with like= such data")
+
+    def target(self, name: str, start: Tensor, unit: Tensor, own: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        """What a gated step goes to: ``(own target, gate)``, the step being ``lerp(start, target, gate)``.
+
+        A latent that follows its past moves away from the prior, in units of the prior's scale, the gate begun halfway. For
+        others the target is the network's own, and the gate begins there: begun halfway, a guide could follow a prior that
+        runs away, or close the gate before the latents have come to mean anything.
+        """
+        if self.follows[name]:
+            return start + unit * own, torch.sigmoid(gate)
+        return self.parameter_units[name].inverse(own), torch.sigmoid(gate + 4)
 
     def family(self, name: str, prior: Distribution | None) -> Any:
         """The family of a latent site, checked against the prior it has now, if that was computed."""

@@ -35,6 +35,9 @@ class Probe(NamedTuple):
     reach: dict[str, Moments]
     """Of the parameters of each latent's proposals: spread by one of the prior's units (:meth:`Family.unit`) more, since a
     posterior lies about so far from its prior."""
+    follows: dict[str, bool]
+    """Of each latent, whether its past says most of what it will be (three quarters of its variance, as in a random walk): a
+    guide then moves away from the prior; elsewhere it makes a proposal of its own."""
     frame: Moments
     """Of the data and covariates of one frame, flattened."""
     state: Moments | None
@@ -87,7 +90,8 @@ def _probe(model: Any, like: Sequences) -> Probe:
     first = next(iter(parameters.values()))[0]
     priors = {k: _moments(v) for k, v in parameters.items()}
     reach = {k: _widened(v, torch.cat(units[k])) for k, v in priors.items()}
-    return Probe(families, priors, reach, _moments(frames),
+    follows = {k: _follows(families[k], priors[k], torch.cat(units[k])) for k in families}
+    return Probe(families, priors, reach, follows, _moments(frames),
                  None if states[0] is None else _moments(states), first.dtype, first.device)
 
 
@@ -116,6 +120,16 @@ def flat_frame(x: Mapping[str, Tensor], covariates: Mapping[str, Tensor], rows: 
     dtype = next((v.dtype for v in (*x.values(), *covariates.values()) if v.is_floating_point()),
                  torch.get_default_dtype())
     return torch.cat([v.reshape(rows, -1).to(dtype) for v in (*x.values(), *covariates.values())], -1)
+
+
+def _follows(family: Family, prior: Moments, units: Tensor) -> bool:
+    """A location's own spread against what the prior usually leaves open (the first step is another matter); families
+    without a location follow."""
+    where = family.slices().get("loc")
+    if where is None:
+        return True
+    explained = prior.spread[where].square()
+    return bool((explained / (explained + units[:, where].square().median(0).values)).mean() > 0.75)
 
 
 def _widened(moments: Moments, units: Tensor) -> Moments:

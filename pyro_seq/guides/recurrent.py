@@ -11,13 +11,11 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from pyro_seq.engine.sites import Proposal
 from pyro_seq.engine.state import State
-from pyro_seq.guides.network import BySite, Head, NetworkGuide
+from pyro_seq.guides.network import CELLS, BySite, Head, NetworkGuide
 from pyro_seq.module import require_count
 from pyro_seq.sequences import Frame, Sequences
 
 __all__ = ["FilteringGuide", "SmoothingGuide"]
-
-_CELLS = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}
 
 
 class FilteringGuide(NetworkGuide):
@@ -58,15 +56,15 @@ class FilteringGuide(NetworkGuide):
     def __init__(self, model: Any, *, like: Any = None, hidden: int = 64, cell: str | None = "gru",
                  residual: bool = True, encoder: nn.Module | None = None, global_guide: Any = None,
                  name: str | None = None):
-        super().__init__(model, like=like, encoder=encoder, global_guide=global_guide, name=name, narrow=residual)
+        super().__init__(model, like=like, encoder=encoder, global_guide=global_guide, name=name, residual=residual)
         require_count("hidden", hidden, 1)
-        if cell is not None and cell not in _CELLS:
-            raise ValueError(f"cell={cell!r}; it is one of {sorted(_CELLS)}, or None to read the current frame alone")
+        if cell is not None and cell not in CELLS:
+            raise ValueError(f"cell={cell!r}; it is one of {sorted(CELLS)}, or None to read the current frame alone")
         self.residual = self.reads_prior = residual
         # The current frame goes round the recurrence as well, so that a linear filter is exactly in reach.
         encoded = self.frame_width + (0 if cell is None else hidden * (2 if self.bidirectional else 1))
         with self.device:
-            self.rnn = None if cell is None else _CELLS[cell](
+            self.rnn = None if cell is None else CELLS[cell](
                 self.frame_width, hidden, batch_first=True, bidirectional=self.bidirectional)
             self.heads = BySite({
                 site: Head(encoded, self.state_width + (family.width if residual else 0), hidden,
@@ -94,8 +92,8 @@ class FilteringGuide(NetworkGuide):
                 out = self.heads[name](encoding[name], *features)
                 return family.distribution(units.inverse(out)), None
             start = family.parameters(prior)
-            step, gate = self.heads[name](encoding[name], *features, units(start)).chunk(2, -1)
-            return family.distribution(start + family.unit(prior) * torch.sigmoid(gate) * step), None
+            own, gate = self.heads[name](encoding[name], *features, units(start)).chunk(2, -1)
+            return family.distribution(torch.lerp(start, *self.target(name, start, family.unit(prior), own, gate))), None
 
         return proposal
 

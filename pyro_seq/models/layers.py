@@ -41,7 +41,7 @@ class GatedResidual(nn.Module):
     .. math:: \mu_q = (1 - g) \mu_p + g \mu, \qquad \log \sigma_q = (1 - g') \log \sigma_p + g' \log \sigma
 
     :math:`g, g', \mu, \log \sigma` come from a network of the features and of the prior's moments. Its units are bounded and
-    its gates start halfway: a proposal that only followed the prior would follow one that runs away.
+    its gates begin at the network's own, since a proposal that follows the prior follows one that runs away.
     """
 
     def __init__(self, inputs: int, outputs: int):
@@ -52,7 +52,7 @@ class GatedResidual(nn.Module):
     def forward(self, features: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         hidden = torch.tanh(self.hidden(torch.cat([features, loc, scale.log()], -1)))
         own, gate = self.linear(hidden).chunk(2, -1)
-        loc, log_scale = torch.lerp(torch.cat([loc, scale.log()], -1), own, torch.sigmoid(gate)).chunk(2, -1)
+        loc, log_scale = torch.lerp(torch.cat([loc, scale.log()], -1), own, torch.sigmoid(gate + 4)).chunk(2, -1)
         return loc, log_scale.exp()
 
 
