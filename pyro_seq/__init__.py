@@ -1,5 +1,6 @@
 """Sequential latent variable models for Pyro: declare one step once, infer it in any way."""
 
+from pyro_seq import flows
 from pyro_seq.from_pyro import from_pyro
 from pyro_seq.guide import PriorGuide, SequentialGuide
 from pyro_seq.guides.avf import AmortizedVariationalFilter
@@ -28,6 +29,7 @@ __all__ = [
     "StateSpaceModel",
     "Variational",
     "compare",
+    "flows",
     "from_pyro",
 ]
 
