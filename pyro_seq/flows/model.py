@@ -270,9 +270,9 @@ def _affine(fn: Distribution, shift: Tensor, log_scale: Tensor, name: str, model
         raise ValueError(f"site {name!r} of {model} is masked in the step, which leaves out part of a density and not of the "
                          "flow's: mark missing data with NaN or mask=")
     support = inner.support
-    while isinstance(support, constraints.independent):
+    while hasattr(support, "base_constraint"):
         support = support.base_constraint
-    if support is not constraints.real and support is not constraints.real_vector:
+    if support is not constraints.real:
         kind = "discrete" if support.is_discrete else f"on {support} only"
         raise ValueError(f"site {name!r} of {model} is {family}, {kind}: the noise of a flow is any real number. Use an "
                          "emission such as Normal or StudentT; transform bounded data to the real line beforehand")
