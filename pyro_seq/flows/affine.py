@@ -231,12 +231,14 @@ class AffineTemporalAutoregressive(TransformModule):
 
 
 def affine_temporal_autoregressive(input_dim: int | None, *, lags: int | None = None, hidden: int | None = None,
-                                   like: Any = None, bound: float = 5.0) -> AffineTemporalAutoregressive:
+                                   own_past: bool = False, like: Any = None, bound: float = 5.0
+                                   ) -> AffineTemporalAutoregressive:
     """A helper that makes an :class:`AffineTemporalAutoregressive` and the causal network inside it.
 
     :param input_dim: entries D of a frame, for sequences ``(T, D)``; ``None`` for scalar frames, ``(T,)``.
     :param lags: read this many frames of the past; all of them, through a GRU, when omitted.
     :param hidden: units of the network: 64 for a GRU; 0 for a window, which is then linear.
+    :param own_past: with ``lags``: each entry's shift is linear in its own past alone.
     :param like: data whose units the flow will meet.
     :param bound: how far the log scale may go from where it starts.
 
@@ -250,6 +252,8 @@ def affine_temporal_autoregressive(input_dim: int | None, *, lags: int | None = 
     """
     width = 1 if input_dim is None else input_dim
     require_count("input_dim", width, 1)
+    if own_past and lags is None:
+        raise ValueError("own_past=True is of a window: give the number of frames it reads, lags=...")
     past = (RecurrentPast(width, 64 if hidden is None else hidden) if lags is None else
-            WindowPast(width, lags, 0 if hidden is None else hidden))
+            WindowPast(width, lags, 0 if hidden is None else hidden, own_past))
     return AffineTemporalAutoregressive(past, scalar=input_dim is None, like=like, bound=bound)
