@@ -1,5 +1,6 @@
 """Sequential latent variable models for Pyro: declare one step once, infer it in any way."""
 
+from pyro_seq import flows
 from pyro_seq.fit.evaluate import evaluate
 from pyro_seq.fit.train import fit, restore
 from pyro_seq.from_pyro import from_pyro
@@ -32,6 +33,7 @@ __all__ = [
     "compare",
     "evaluate",
     "fit",
+    "flows",
     "from_pyro",
     "restore",
 ]
