@@ -71,13 +71,9 @@ class _Option(argparse.Action):
 
 
 def _load(name: str) -> Any:
-    from pyro_seq.data import POLYPHONIC, load_midi, load_polyphonic
+    from pyro_seq.data import load_midi, load_polyphonic
 
-    if name in POLYPHONIC:
-        return load_polyphonic(name)
-    if Path(name).is_dir():
-        return load_midi(name)
-    raise ValueError(f"--data {name!r} is neither one of {sorted(POLYPHONIC)} nor a folder of MIDI files")
+    return load_midi(name) if Path(name).is_dir() else load_polyphonic(name)
 
 
 def _build(settings: dict[str, Any], data: Any, device: str, seed: int) -> tuple[Any, Any]:
