@@ -1,0 +1,148 @@
+"""Deep Markov model and VRNN on polyphonic music, under each kind of guide: ``python -m benchmarks.chorales``.
+
+Protocol. Splits of Boulanger-Lewandowski et al. (2012); factorised Bernoulli output; every frame scored, the first from an empty
+past; padding not. Nats per frame, summed over all test frames. The same setting for every row (SETTING), chosen on the
+validation split by trials with the VRNN's own gated filter, and none tuned for a row: equal updates, equal search. The weights
+evaluated are those of the epoch that is best on the validation split. Three seeds. 'At equal time' is the row's best epoch, by
+validation, within the training time of the slowest of the model's direct rows ('own'), over its seeds; the test figure there is
+the ELBO with analytic KL of one draw that training logged beside the validation figure, and chooses nothing.
+
+A row that is there already is not run again; a run that was interrupted goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
+
+import argparse  # noqa: E402
+import fcntl  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import pandas as pd  # noqa: E402
+import pyro  # noqa: E402
+import torch  # noqa: E402
+
+import pyro_seq as seq  # noqa: E402
+from pyro_seq.data import load_polyphonic  # noqa: E402
+from pyro_seq.models import (  # noqa: E402
+    VRNN,
+    DeepMarkovModel,
+    StructuredInference,
+    VRNNInference,
+    match_marginals,
+)
+
+__all__ = ["GUIDES", "SETTING", "main"]
+
+SETTING = dict(batch_size=20, learning_rate=3e-3, schedule="cosine", warmup=50, clip=5.0, weight_decay=0.3, averaging=0.99,
+               kl_annealing=20)
+EPOCHS = {"jsb": 80, "piano_midi": 20}
+WINDOW = {"jsb": None, "piano_midi": 100}
+PARTICLES = 128
+
+MODELS: dict[str, Callable[[], Any]] = {"dmm": lambda: DeepMarkovModel(88), "vrnn": lambda: VRNN(88)}
+
+
+def _avf(cell: str | None, **options: Any) -> Callable[[Any, Any], Any]:
+    return lambda model, like: seq.AmortizedVariationalFilter(model, like=like, cell=cell, **options)
+
+
+# A deep Markov model's own filter reads all frames so far, and the VRNN's the current one beside the model's state: AVF is given
+# the same to read.
+GUIDES: dict[str, dict[str, Callable[[Any, Any], Any]]] = {
+    "dmm": {
+        "own": lambda model, like: StructuredInference(model),
+        "own, gated residual": lambda model, like: StructuredInference(model, residual=True),
+        "AVF paper": _avf(None, preset="paper"),
+        "AVF K=1": _avf("gru"),
+        "AVF K=2": _avf("gru", iterations=2),
+        "AVF without gradient": _avf("gru", gradient=False),
+        "smoothing": lambda model, like: StructuredInference(model, reads="future"),
+    },
+    "vrnn": {
+        "own": lambda model, like: VRNNInference(model),
+        "own, gated residual": lambda model, like: VRNNInference(model, residual=True),
+        "AVF paper": _avf(None, preset="paper"),
+        "AVF K=1": _avf(None),
+        "AVF K=2": _avf(None, iterations=2),
+        "AVF without gradient": _avf(None, gradient=False),
+        "smoothing": lambda model, like: seq.SmoothingGuide(model, like=like, hidden=128),
+    },
+}
+
+
+def run(data_name: str, data: Any, model_name: str, guide_name: str, seed: int, folder: Path) -> dict[str, Any]:
+    """Train and evaluate one row."""
+    pyro.clear_param_store()
+    torch.manual_seed(seed)
+    model = MODELS[model_name]()
+    match_marginals(model, data.train)
+    guide = GUIDES[model_name][guide_name](model, data.train.select(range(50)))
+    stem = f"{data_name}-{model_name}-{guide_name}-{seed}".replace(" ", "_").replace(",", "").replace("=", "")
+    row = {"data": data_name, "model": model_name, "guide": guide_name, "seed": seed, "epochs": EPOCHS[data_name]}
+    try:
+        result = seq.fit(model, guide, data.train, valid=data.valid, also={"test": data.test}, epochs=EPOCHS[data_name],
+                         window=WINDOW[data_name], seed=seed, checkpoint=folder / f"{stem}.ckpt", **SETTING)
+    except ValueError as error:
+        if "finite" not in str(error) and "the bound is" not in str(error):
+            raise
+        return row | {"note": "diverged"}
+    result.history.to_csv(folder / f"{stem}.csv", index=False)
+    table = seq.evaluate(model, guide, data.test, num_samples=10, num_particles=PARTICLES, progress=True)
+    elbo, bound = table.loc["ELBO"], table.loc["particle bound"]
+    return row | {
+        "ELBO": elbo["nats per frame"], "ELBO s.e.": elbo["standard error"], "ELBO by sequence": elbo["by sequence"],
+        "ELBO skip first": elbo["skip first"], f"{PARTICLES}-particle bound": bound["nats per frame"],
+        "valid": result.best, "best epoch": result.best_epoch, "seconds": result.history["seconds"].iloc[-1],
+        "seconds per epoch": result.history["seconds"].iloc[-1] / EPOCHS[data_name]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.chorales", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=sorted(EPOCHS), default="jsb")
+    parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=sorted(MODELS))
+    parser.add_argument("--guides", nargs="+", default=None, help="rows to run (default: all)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--folder", type=Path, default=Path("output/chorales"), help="of checkpoints and histories")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "chorales.csv")
+    options = parser.parse_args()
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    data = load_polyphonic(options.data)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    for seed in options.seeds:
+        for model_name in options.models:
+            for guide_name in options.guides or GUIDES[model_name]:
+                key = {"data": options.data, "model": model_name, "guide": guide_name, "seed": seed}
+                if not _has(options.output, key):
+                    print(key, flush=True)
+                    _add(options.output, run(options.data, data, model_name, guide_name, seed, options.folder))
+
+
+def _has(path: Path, key: dict[str, Any]) -> bool:
+    if not path.exists():
+        return False
+    table = pd.read_csv(path)
+    return bool((table[list(key)] == pd.Series(key)).all(axis=1).any())
+
+
+def _add(path: Path, row: dict[str, Any]) -> None:
+    """Add a row, whatever other process is adding one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        old = [pd.read_csv(path)] if path.exists() else []
+        table = pd.concat([*old, pd.DataFrame([row])], ignore_index=True).sort_values(["data", "model", "guide", "seed"])
+        temporary = path.with_suffix(".part")
+        table.to_csv(temporary, index=False, float_format="%.5g")
+        os.replace(temporary, path)
+        print(pd.Series(row).to_string(), flush=True)
+
+
+if __name__ == "__main__":
+    main()
