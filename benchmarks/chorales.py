@@ -1,11 +1,11 @@
 """Deep Markov model and VRNN on polyphonic music, under each kind of guide: ``python -m benchmarks.chorales``.
 
-Protocol. Splits of Boulanger-Lewandowski et al. (2012); factorised Bernoulli output; every frame scored, the first from an empty
-past; padding not. Nats per frame, summed over all test frames. The same setting for every row (SETTING), chosen on the
+Protocol. Splits of Boulanger-Lewandowski et al. (2012); factorised Bernoulli output; every frame scored, the first from an
+empty past; padding not. Nats per frame, summed over all test frames. The same setting for every row (SETTING), chosen on the
 validation split by trials with the VRNN's own gated filter, and none tuned for a row: equal updates, equal search. The weights
 evaluated are those of the epoch that is best on the validation split. Three seeds. 'At equal time' is the row's best epoch, by
-validation, within the training time of the slowest of the model's direct rows ('own'), over its seeds; the test figure there is
-the ELBO with analytic KL of one draw that training logged beside the validation figure, and chooses nothing.
+validation, within the training time of the model's own direct filter with the same seed; the test figure there is the ELBO with
+analytic KL of one draw that training logged beside the validation figure, and chooses nothing.
 
 A row that is there already is not run again; a run that was interrupted goes on from its checkpoint.
 """
@@ -52,8 +52,8 @@ def _avf(cell: str | None, **options: Any) -> Callable[[Any, Any], Any]:
     return lambda model, like: seq.AmortizedVariationalFilter(model, like=like, cell=cell, **options)
 
 
-# A deep Markov model's own filter reads all frames so far, and the VRNN's the current one beside the model's state: AVF is given
-# the same to read.
+# A deep Markov model's own filter reads all frames so far, and the VRNN's the current one beside the model's state: AVF is
+# given the same to read.
 GUIDES: dict[str, dict[str, Callable[[Any, Any], Any]]] = {
     "dmm": {
         "own": lambda model, like: StructuredInference(model),
