@@ -41,7 +41,7 @@ __all__ = ["GUIDES", "SETTING", "main"]
 
 SETTING = dict(batch_size=20, learning_rate=3e-3, schedule="cosine", warmup=50, clip=5.0, weight_decay=0.3, averaging=0.99,
                kl_annealing=20)
-EPOCHS = {"jsb": 60, "piano_midi": 20}
+EPOCHS = {"jsb": 80, "piano_midi": 20}
 WINDOW = {"jsb": None, "piano_midi": 100}
 PARTICLES = 128
 
