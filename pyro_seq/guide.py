@@ -126,8 +126,7 @@ class SequentialGuide(SequentialModule):
 
     def prepare_rows(self, sequences: Sequences) -> Any:
         """What :meth:`prepare` says of the batch, in the user's order."""
-        x = {k: v.nan_to_num() if v.is_floating_point() else v for k, v in sequences.x.items()}
-        encodings = self.prepare(_single(x), sequences.lengths)
+        encodings = self.prepare(_single(_zero_where_missing(sequences.x, sequences.observed)), sequences.lengths)
         expected = (sequences.num_sequences, sequences.num_steps)
         for leaf in leaves(encodings):
             if tuple(leaf.shape[:2]) != expected:
@@ -142,14 +141,13 @@ class SequentialGuide(SequentialModule):
         :param emit: in a Pyro program, the messenger that lets the sites of :meth:`step` out as the guide's.
         """
         names, required, anything = accepted(self.step, 1)
-        x = {k: v.nan_to_num() if v.is_floating_point() else v for k, v in frame.x.items()}
-        given: dict[str, Any] = {**x, **frame.covariates}
+        given: dict[str, Any] = {**_zero_where_missing(frame.x, frame.observed), **frame.covariates}
         if not anything:
             given = {k: v for k, v in given.items() if k in names}
         if "t" in names:
             given["t"] = frame.time
         if "observed" in names:
-            given["observed"] = _single({k: ~v.isnan() for k, v in frame.x.items()})
+            given["observed"] = _single({k: frame.observed.get(k, ~v.isnan()) for k, v in frame.x.items()})
         if "encoding" in names:
             if encoding is None:
                 raise TypeError(f"{type(self).__name__}.step asks for encoding, but prepare returns None: return the encodings "
@@ -160,6 +158,10 @@ class SequentialGuide(SequentialModule):
                              f"{sorted(frame.covariates)} (covariates), 'encoding', 'observed' and 't'")
         with StepSites(frame) if emit is None else emit as sites:
             self.step(state, **given)
+        observed = [n for n, site in sites.sites.items() if site.observed] if emit is None else list(sites.observed)
+        if observed:
+            raise ValueError(f"{type(self).__name__}.step observes {observed} (obs=...), but a guide draws its sites: sample "
+                             "them, from a narrow distribution if they are all but known")
         drawn = {name: (site.p, site.value) for name, site in sites.sites.items()} if emit is None else sites.drawn
         return DrawnSites(type(self).__name__, drawn)
 
@@ -203,6 +205,10 @@ class PriorGuide(SequentialGuide):
 def from_prior(name: str, prior: Distribution) -> tuple[None, None]:
     """The proposal that draws a latent from the model."""
     return None, None
+
+
+def _zero_where_missing(x: Mapping[str, Tensor], observed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.nan_to_num() if v.is_floating_point() else v * observed[k] if k in observed else v for k, v in x.items()}
 
 
 def _single(values: Mapping[str, Any]) -> Any:

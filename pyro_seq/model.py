@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_seq.engine.reads import reads_observed
 from pyro_seq.engine.sites import LatentsDrawn, Proposal, Site, StepSites
 from pyro_seq.engine.state import State, check_state
 from pyro_seq.engine.unroll import unroll
@@ -231,7 +232,6 @@ class StateSpaceModel(SequentialModel):
     """
 
     markov_history = 1
-    missing_feeds_state = False
 
     def initial(self, **inputs: Tensor) -> State:
         """Sample the first latents; returns the state ``(rows, ...)``."""
@@ -265,6 +265,22 @@ class StateSpaceModel(SequentialModel):
 
     def methods(self) -> tuple[tuple[Callable[..., Any], int], ...]:
         return ((self.initial, 0), (self.transition, 1), (self.emission, 1))
+
+    @property
+    def missing_feeds_state(self) -> bool:
+        """Whether a gap of one site is read by another of the same emission, so that it must be drawn."""
+        return self.__dict__.get("_reads_gaps", False)
+
+    def check_inputs(self, sequences: Sequences) -> None:
+        super().check_inputs(sequences)
+        for method, positional in ((self.initial, 0), (self.transition, 1)):
+            if ahead := sorted(accepted(method, positional)[0] & set(sequences.x)):
+                raise ValueError(
+                    f"{type(self).__name__}.{method.__name__} takes {ahead}, which is data: a latent that reads its own frame "
+                    "is no generative model. If it is an input, pass it as a covariate, by another name; if the last frame is "
+                    "meant, declare a SequentialModel that carries it in its state")
+        if sequences.has_missing and "_reads_gaps" not in self.__dict__ and self.__dict__["_values"] is not None:
+            self.__dict__["_reads_gaps"] = reads_observed(self, sequences)
 
     def _latent_step(self, state: State, frame: Frame) -> State:
         if state is None:

@@ -97,7 +97,7 @@ def forward(model: Any, guide: Any, sequences: Sequences, num_particles: int = 1
         encodings = map_state(lambda leaf: leaf[:, start - 1:stop], encodings)
     encodings = by_step(encodings, stop - start + 1)
     log_weights: Tensor | None = None
-    plan, checks, names = _Plan(), CheckedOnce(), None
+    plan, checks, names = _Plan(), Checked(), None
     for frame in packed.frames(num_particles, start, stop):
         running = packed.counts[frame.t - 1]
         ancestors, auxiliary = None, None
@@ -129,24 +129,27 @@ def _same_latents(model: Any, names: set[str] | None, sites: dict[str, Site], fr
     """The latent names of a step, which are those of the first one."""
     found = {name for name, site in sites.items() if not site.observed}
     if names is not None and found != names:
+        absent = sorted((names ^ found) & model.data_names() - set(frame.x))
+        hint = f" {absent} is data that was not given: pass it, NaN where it is missing." if absent else ""
         raise ValueError(f"{type(model).__name__} samples the latent sites {sorted(names)} at the first step and "
-                         f"{sorted(found)} at time {frame.t}. Sites at some steps only cannot be: a step samples the same "
-                         "sites each time, under the same names")
+                         f"{sorted(found)} at time {frame.t}.{hint} Sites at some steps only cannot be: a step samples the "
+                         "same sites each time, under the same names")
     return found
 
 
-class CheckedOnce:
-    """The first step checks every argument of every distribution; the later ones run without, for speed."""
+class Checked:
+    """Steps 1, 2, 4, 8, ... check every argument of every distribution; the others run without, for speed."""
 
     def __init__(self) -> None:
         self.usual = bool(pyro.settings.get("validate_distributions_torch"))
-        self.first = True
+        self.entered = 0
 
     def __enter__(self) -> None:
-        Distribution.set_default_validate_args(self.usual and self.first)
+        self.entered += 1
+        power_of_two = self.entered & (self.entered - 1) == 0
+        Distribution.set_default_validate_args(self.usual and power_of_two)
 
     def __exit__(self, *error: Any) -> None:
-        self.first = False
         Distribution.set_default_validate_args(self.usual)
 
 

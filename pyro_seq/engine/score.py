@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
 from pyro_seq.engine.families import concatenate
-from pyro_seq.engine.loop import CheckedOnce, Step
+from pyro_seq.engine.loop import Checked, Step
 from pyro_seq.engine.missing import score_entries
 from pyro_seq.engine.sites import Site, StepSites
 from pyro_seq.engine.state import join_states
@@ -53,7 +53,7 @@ def terms(model: Any, packed: Packed, steps: list[Step], num_particles: int, ana
     found: dict[str, list[Term]] = {}
     first = steps[0].frame
     split = 1 if first.first and model.begin(first) is None else 0
-    checks = CheckedOnce()
+    checks = Checked()
     for start, stop in ((0, split), (split, len(steps))):
         if start == stop:
             continue

@@ -17,7 +17,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_seq.engine.families import expand_rows, in_support, log_density, sample
+from pyro_seq.engine.families import expand_rows, has_moving_support, in_support, log_density, sample
 from pyro_seq.engine.missing import FrozenRows, SomeEntries, fill, require_imputable, score_entries
 from pyro_seq.sequences import Frame
 
@@ -123,8 +123,10 @@ class StepSites(Messenger):
                 value = draw(p if q is None else q, name, frame)
         msg["value"] = value.detach() if self.detach and not msg["is_observed"] else value
         self.sites[name] = Site(name, value, p, q, msg["is_observed"], present, msg["scale"], msg["mask"])
-        if self.stop_after is not None and len(self.sites) == self.stop_after:
-            raise LatentsDrawn
+        if self.stop_after is not None and not msg["is_observed"]:
+            self.stop_after -= 1
+            if self.stop_after == 0:
+                raise LatentsDrawn
 
 
 class PyroSites(Messenger):
@@ -259,7 +261,7 @@ def _check_support(name: str, p: Distribution, like: Distribution, frame: Frame)
 
     Where it moves with the parameters, as a uniform's, a value outside has density zero: that is for the weights to say.
     """
-    if isinstance(getattr(type(like), "support", None), property):
+    if has_moving_support(p):
         for fn in (p, like):
             fn.__dict__["_validate_args"] = False
         return
@@ -267,7 +269,14 @@ def _check_support(name: str, p: Distribution, like: Distribution, frame: Frame)
         return
     x = frame.whole.x[name]
     filled = torch.where(x.isnan(), in_support(p)[:1, None].to(x), x) if x.is_floating_point() else x
-    inside = p.support.check(filled).reshape(*x.shape[:2], -1).all(-1) | ~frame.whole.active
+    inside = p.support.check(filled).reshape(*x.shape[:2], -1) | ~frame.whole.active[..., None]
+    if x.is_floating_point():
+        missing = x.isnan().reshape(*x.shape[:2], -1)
+        inside = inside | (missing if missing.shape == inside.shape else missing.any(-1, keepdim=True))
+    elif name in frame.whole.observed:
+        masked = ~frame.whole.observed[name].reshape(*x.shape[:2], -1)
+        inside = inside | (masked if masked.shape == inside.shape else masked.any(-1, keepdim=True))
+    inside = inside.all(-1)
     if not inside.all():
         b, t = (~inside).nonzero()[0].tolist()
         raise ValueError(f"site {name!r}: the data of sequence {b} at time {t + 1} lies outside the support of "

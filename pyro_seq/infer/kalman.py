@@ -88,11 +88,19 @@ class KalmanFilter:
                                       for v in found))
             return out
 
-        smoothed = passes.smooth()
+        filtered, smoothed = moments(passes.means, passes.covariances), moments(*passes.smooth())
+        by_step = torch.where(active, torch.stack(passes.evidences, 1), 0.0)
+
+        def quantile(site: str, q: float | list[float]) -> Tensor:
+            levels = torch.as_tensor(q, dtype=torch.double, device=sequences.device)
+            found = filtered[site]
+            units = math.sqrt(2) * torch.erfinv(2 * levels - 1).to(found.mean)
+            return found.mean + found.std * units.reshape(levels.shape + (1,) * found.mean.dim())
+
         return Posterior(
             method="Kalman filter", kind=EXACT, log_evidence=evidence, standard_error=torch.zeros_like(evidence),
             sequences=sequences, seconds=watch.seconds,
-            filtered=moments(passes.means, passes.covariances), smoothed=moments(*smoothed), parameters=parameters,
+            filtered=filtered, smoothed=smoothed, parameters=parameters, log_evidence_by_step=by_step, cloud=quantile,
             notes=(note,), final_state=passes.final_state(sequences.lengths, first.template), model=self.model)
 
 
@@ -109,6 +117,7 @@ class _Passes:
     def __init__(self, first: LinearStep, later: LinearStep | None, data: Tensor, initial: Tensor):
         self.first, self.later, self.data, self.initial = first, later, data, initial
         self.means: list[Tensor] = []
+        self.evidences: list[Tensor] = []
         self.covariances: list[Tensor] = []
         self.next_means: list[Tensor] = []
         self.next_covariances: list[Tensor] = []
@@ -130,6 +139,7 @@ class _Passes:
             p = carry @ covariance @ carry.transpose(-1, -2) + noise
             u, p, evidence = _condition(u, p, (self.first if t == 0 else self.later).observed, self.data[:, t])
             total = total + evidence
+            self.evidences.append(evidence)
             mean = (next_matrix @ u[..., None])[..., 0] + next_offset
             covariance = next_matrix @ p @ next_matrix.transpose(-1, -2)
             self.means.append(u)

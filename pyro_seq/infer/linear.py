@@ -132,12 +132,24 @@ class _Probe:
         base, directions = after[:, :, 0], (after[:, :, 1:head] - after[:, :, :1]) / self.stride
         if self.check:
             self._require_affine("the next state", after[:, :, head:], base, directions, tests, tolerance)
+        self._require_causal(out["sites"], linear)
         # u = E_s state + L u + drift + noise, with L strictly lower triangular by blocks.
         solve = torch.linalg.inv(torch.eye(d, dtype=torch.float64, device=self.device) - linear)
         return LinearStep(
             s, {name: (where, self.latents[name]) for name, (where, _, _) in out["sites"].items() if name in self.latents},
             slice(s + self.latent_width, d), solve[..., :s], (solve @ drift[..., None])[..., 0],
             solve @ noise @ solve.transpose(-1, -2), directions.transpose(-1, -2), base, out["template"])
+
+    def _require_causal(self, sites: dict[str, Any], linear: Tensor) -> None:
+        """A site reads the state and the sites before it; data read ahead of its site would make no generative model."""
+        ahead = torch.ones(self.width, dtype=torch.bool, device=self.device)
+        ahead[:self.state_width] = False
+        for name, (where, _, _) in sites.items():
+            if (linear[:, :, where][..., ahead] != 0).any():
+                raise ValueError(f"site {name!r} of {type(self.model).__name__} reads data of its own frame that is observed "
+                                 "at or after it: that is no generative model, and has no evidence. If it is an input, pass it "
+                                 "as a covariate, by another name")
+            ahead[where] = False
 
     def _latent_sites(self) -> dict[str, torch.Size]:
         zero = torch.zeros(1, self.state_width + self.data_width, device=self.device)

@@ -135,16 +135,17 @@ class Posterior:
 
     def quantile(self, site: str, q: float | list[float]) -> Tensor:
         """Quantiles of the filtered distribution of a site, ``(B, T, ...)`` (with a leading dimension for a list)."""
-        if self.cloud is None:
-            raise ValueError(f"{self.method} kept no particles to take quantiles of: use history=True and num_runs=1")
         self._moments(site)
         _check_levels(q)
+        if self.cloud is None:
+            raise ValueError(f"{self.method} kept no particles to take quantiles of: use history=True and num_runs=1")
         return self.cloud(site, q)
 
     def trajectories(self, num_samples: int) -> Draws:
         """Draws of whole latent trajectories, ``(S, B, T, ...)`` each."""
         if self.paths is None:
-            raise ValueError(f"{self.method} kept no trajectories: use history=True and num_runs=1")
+            raise ValueError(f"{self.method} has no trajectories to draw: use ParticleFilter(history=True) with num_runs=1, or "
+                             "Variational")
         steps = self.sequences.num_steps
         times = torch.arange(1, steps + 1, device="cpu").expand(self.sequences.num_sequences, steps)
         return Draws(self.paths(num_samples), times)

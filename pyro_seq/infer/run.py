@@ -36,6 +36,8 @@ def entered(model: Any, guide: Any, sequences: Sequences, fn: Callable[[dict[str
     Global parameters come from a handler outside (``poutine.condition``), else from the guide, else from their prior,
     with a warning.
     """
+    if not sequences.x:
+        raise ValueError("inference needs data, and none was given; to draw from the model call model.simulate(lengths)")
     outside = look_around()
     if isinstance(outside.scale, Tensor) or outside.scale != 1.0 or outside.mask is not None or outside.plates:
         raise ValueError("inference is run inside poutine.scale, poutine.mask or a plate, which would change the evidence: run "

@@ -40,20 +40,21 @@ class GatedResidual(nn.Module):
 
     .. math:: \mu_q = (1 - g) \mu_p + g \mu, \qquad \log \sigma_q = (1 - g') \log \sigma_p + g' \log \sigma
 
-    :math:`g, g', \mu, \log \sigma` come from a network of the features and of the prior's moments. Its units are bounded and
-    its gates begin at the network's own, since a proposal that follows the prior follows one that runs away.
+    :math:`\mu, \sigma` are those of a :class:`NormalHead` of the features, and :math:`g, g'` linear in them before a sigmoid.
+    The gates begin at the network's own moments, since a proposal that follows the prior follows one that runs away.
     """
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
-        self.hidden = nn.Linear(inputs + 2 * outputs, inputs)
-        self.linear = nn.Linear(inputs, 4 * outputs)
+        self.own = NormalHead(inputs, outputs)
+        self.gate = nn.Linear(inputs, 2 * outputs)
+        with torch.no_grad():
+            self.gate.bias.fill_(4.0)
 
     def forward(self, features: Tensor, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = torch.tanh(self.hidden(torch.cat([features, loc, scale.log()], -1)))
-        own, gate = self.linear(hidden).chunk(2, -1)
-        loc, log_scale = torch.lerp(torch.cat([loc, scale.log()], -1), own, torch.sigmoid(gate + 4)).chunk(2, -1)
-        return loc, log_scale.exp()
+        own_loc, own_scale = self.own(features)
+        gate, scale_gate = torch.sigmoid(self.gate(features)).chunk(2, -1)
+        return torch.lerp(loc, own_loc, gate), torch.lerp(scale.log(), own_scale.log(), scale_gate).exp()
 
 
 class Emission(nn.Module):
