@@ -52,13 +52,14 @@ def _avf(cell: str | None, **options: Any) -> Callable[[Any, Any], Any]:
     return lambda model, like: seq.AmortizedVariationalFilter(model, like=like, cell=cell, **options)
 
 
+# Every network has 128 units (as published, the paper preset's has 1024).
 # A deep Markov model's own filter reads all frames so far, and the VRNN's the current one beside the model's state: AVF is
 # given the same to read.
 GUIDES: dict[str, dict[str, Callable[[Any, Any], Any]]] = {
     "dmm": {
         "own": lambda model, like: StructuredInference(model),
         "own, gated residual": lambda model, like: StructuredInference(model, residual=True),
-        "AVF paper": _avf(None, preset="paper"),
+        "AVF paper": _avf(None, preset="paper", hidden=128),
         "AVF K=1": _avf("gru"),
         "AVF K=2": _avf("gru", iterations=2),
         "AVF without gradient": _avf("gru", gradient=False),
@@ -67,7 +68,7 @@ GUIDES: dict[str, dict[str, Callable[[Any, Any], Any]]] = {
     "vrnn": {
         "own": lambda model, like: VRNNInference(model),
         "own, gated residual": lambda model, like: VRNNInference(model, residual=True),
-        "AVF paper": _avf(None, preset="paper"),
+        "AVF paper": _avf(None, preset="paper", hidden=128),
         "AVF K=1": _avf(None),
         "AVF K=2": _avf(None, iterations=2),
         "AVF without gradient": _avf(None, gradient=False),

@@ -231,3 +231,207 @@ def test_single_precision_kalman_filter_far_from_zero():
     torch.set_default_dtype(torch.float32)
     rounding = torch.finfo(torch.float32).eps * 2e4
     assert abs(seq.KalmanFilter(Far()).run(x).total_log_evidence - exact) < 20 * 3 * rounding
+
+
+class ReadsTheOther(TwoKeys):
+    """The second site of the emission reads the first."""
+
+    def emission(self, z, x=None, y=None):
+        x = pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        pyro.sample("y", dist.Normal(z + 2 * x, 1.0), obs=y)
+
+
+def test_a_gap_that_another_site_reads_is_drawn():
+    model, nan = ReadsTheOther(), torch.nan
+    data = {"x": torch.tensor([[1.0, nan, 2.0]]), "y": torch.tensor([[3.0, 6.0, nan]])}
+    exact = seq.KalmanFilter(model).run(data)
+    found = seq.ParticleFilter(model, 4000, num_runs=20).run(data)
+    assert abs(found.total_log_evidence - exact.total_log_evidence) < 4 * found.total_standard_error  # one in 16 000
+    guide = seq.PriorGuide(model)
+    bound = seq.Variational(model, guide, num_samples=4000).run(data)
+    assert bound.total_log_evidence < exact.total_log_evidence + 4 * bound.total_standard_error
+    names = poutine.trace(model).get_trace(data).nodes
+    assert "x_2_missing" in names and "y_3_missing" in names
+
+
+def test_a_gap_that_nothing_reads_is_not_drawn():
+    names = poutine.trace(TwoKeys()).get_trace({"a": torch.tensor([[torch.nan, 1.0]]), "b": torch.zeros(1, 2)}).nodes
+    assert not [name for name in names if name.endswith("_missing")]
+
+
+class ReadsCounts(TwoKeys):
+    """Of an integer type, with gaps marked by a mask."""
+
+    def emission(self, z, x=None, y=None):
+        x = pyro.sample("x", dist.Bernoulli(logits=z), obs=x)
+        pyro.sample("y", dist.Normal(z + 2 * x, 1.0), obs=y)
+
+
+def test_a_gap_in_integers_that_another_site_reads_is_drawn():
+    """Against a grid over the latent, the missing bit summed out."""
+    data = {"x": torch.tensor([[0, 1]]), "y": torch.tensor([[2.5, 0.3]])}
+    mask = {"x": torch.tensor([[False, True]])}
+    found = seq.ParticleFilter(ReadsCounts(), 4000, num_runs=20).run(data, mask=mask)
+    z = torch.linspace(-8, 8, 4001)
+    width, p = z[1] - z[0], torch.sigmoid(z)
+    first = dist.Normal(0.0, 1.0).log_prob(z).exp() * (
+        p * dist.Normal(z + 2, 1.0).log_prob(torch.tensor(2.5)).exp() +
+        (1 - p) * dist.Normal(z, 1.0).log_prob(torch.tensor(2.5)).exp())
+    moved = dist.Normal(z[:, None], 0.3).log_prob(z).exp().T @ first * width
+    exact = (moved * p * dist.Normal(z + 2, 1.0).log_prob(torch.tensor(0.3)).exp()).sum() * width
+    assert abs(found.total_log_evidence - float(exact.log())) < 4 * found.total_standard_error
+
+
+class ReadsItsFrame(seq.SequentialModel):
+    def start(self, rows):
+        return torch.zeros(rows)
+
+    def step(self, h, x=None):
+        z = pyro.sample("z", dist.Normal(0.5 * h + 0.1 * x, 0.5))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        return z
+
+
+def test_kalman_refuses_a_latent_that_reads_its_own_frame():
+    with pytest.raises(ValueError, match="site 'z' of ReadsItsFrame reads data of its own frame.*covariate"):
+        seq.KalmanFilter(ReadsItsFrame()).run(torch.randn(1, 5))
+
+
+class Drifts(LocalLevel):
+    def emission(self, z, x=None):
+        return pyro.sample("x", dist.Bernoulli(probs=z), obs=x)
+
+
+def test_arguments_are_checked_after_the_first_step():
+    class Negative(LocalLevel):
+        def transition(self, z):
+            return pyro.sample("z", dist.Normal(z, -0.3))
+
+    for model, x in ((Negative(0.0, 1.0, 0.5), torch.randn(1, 5)), (Drifts(0.5, 1e-4, 0.1), torch.ones(1, 40))):
+        for run in (lambda m, x: seq.ParticleFilter(m, 100).run(x),
+                    lambda m, x: seq.SequentialELBO().loss(m, seq.PriorGuide(m), x)):
+            with pytest.raises(ValueError, match="scale|probs"):
+                run(model, x)
+
+
+def test_hand_written_guides_see_the_gaps_of_integer_data():
+    seen = []
+
+    class Looks(seq.SequentialGuide):
+        def prepare(self, x, lengths):
+            seen.append(x.tolist())
+
+        def step(self, state, x, observed):
+            seen.append((x.tolist(), observed.tolist()))
+            pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+
+    class Counts(LocalLevel):
+        def emission(self, z, x=None):
+            return pyro.sample("x", dist.Poisson(z.exp()), obs=x)
+
+    model = Counts(0.0, 1.0, 0.5)
+    seq.SequentialELBO().loss(model, Looks(model), torch.tensor([[3, -999]]), mask=torch.tensor([[True, False]]))
+    assert seen == [[[3, 0]], ([3], [True]), ([0], [False])]
+
+
+def test_a_guide_that_observes_is_refused():
+    class Observes(seq.SequentialGuide):
+        def step(self, state, x):
+            pyro.sample("z", dist.Normal(0.0, 1.0), obs=x)
+
+    model = LocalLevel(0.0, 1.0, 0.5)
+    for run in (lambda: seq.SequentialELBO().loss(model, Observes(model), torch.zeros(1, 3)),
+                lambda: seq.ParticleFilter(model, 10, guide=Observes(model)).run(torch.zeros(1, 3)),
+                lambda: Observes(model)(torch.zeros(1, 3))):
+        with pytest.raises(ValueError, match=r"Observes.step observes \['z'\]"):
+            run()
+
+
+class Emits(LocalLevel):
+    def __init__(self, family):
+        super().__init__(0.0, 1.0, 0.5)
+        self.family = family
+
+    def emission(self, z, x=None):
+        return pyro.sample("x", self.family(z), obs=x)
+
+
+def three(z):
+    return dist.Categorical(logits=torch.stack([z, -z, 0 * z], -1))
+
+
+@pytest.mark.parametrize("x", [[0.0, 1.0, 0.5], [0, 1, 7], [0, -1, 1]])
+def test_categories_outside_are_refused(x):
+    with pytest.raises(ValueError, match="site 'x': the data of sequence 0 at time .* outside the support of Categorical"):
+        seq.ParticleFilter(Emits(three), 10).run(torch.tensor([x]))
+
+
+def test_what_stands_under_a_mask_may_lie_outside():
+    for family in (three, lambda z: dist.Poisson(z.exp())):
+        pyro.set_rng_seed(0)
+        masked = seq.ParticleFilter(Emits(family), 10).run(torch.tensor([[1, -1]]), mask=torch.tensor([[True, False]]))
+        pyro.set_rng_seed(0)
+        inside = seq.ParticleFilter(Emits(family), 10).run(torch.tensor([[1, 0]]), mask=torch.tensor([[True, False]]))
+        assert masked.total_log_evidence == inside.total_log_evidence
+
+
+def test_supports_that_move():
+    """Data below some particles' lower bound have density zero under those alone."""
+    model = Emits(lambda z: dist.Pareto(z.exp(), 2.0))
+    x = torch.full((1, 4), 1.5)
+    found = seq.ParticleFilter(model, 4000, num_runs=10).run(x)
+    z = torch.linspace(-8, 8, 2001)
+    width = z[1] - z[0]
+
+    def density(z):
+        return torch.where(z.exp() <= 1.5, 2 * (2 * z).exp() / 1.5**3, 0.0)
+
+    p = dist.Normal(0.0, 1.0).log_prob(z).exp()
+    for t in range(4):
+        p = p if t == 0 else dist.Normal(z[:, None], math.sqrt(0.5)).log_prob(z).exp().T @ p * width
+        p = p * density(z)
+    # The grid's own error at the jump is about half a cell a step: below 1 %.
+    assert abs(found.total_log_evidence - math.log(p.sum() * width)) < 4 * found.total_standard_error + 0.01
+
+
+def test_latents_are_counted_where_the_step_ends():
+    class ObservesFirst(seq.SequentialModel):
+        def start(self, rows):
+            return torch.zeros(rows)
+
+        def step(self, h, y=None, x=None):
+            y = pyro.sample("y", dist.Normal(h, 1.0), obs=y)
+            z = pyro.sample("z", dist.Normal(0.3 * h + 0.2 * y, 1.0))
+            x = pyro.sample("x", dist.Normal(z + y, 1.0), obs=x)
+            return self.advance(h, {"z": z}, {"y": y, "x": x})
+
+        def advance(self, h, z, x):
+            return 0.5 * h + 0.3 * z["z"] + 0.1 * x["x"]
+
+    class RunsWhole(ObservesFirst):
+        def has_advance(self):
+            return False
+
+    model = ObservesFirst()
+    drawn = model.simulate([6] * 3)
+    data = {"y": drawn["y"], "x": drawn["x"]}
+    losses = []
+    for declared in (model, RunsWhole()):
+        guide = seq.FilteringGuide(declared, like=data)
+        pyro.set_rng_seed(0)
+        losses.append(seq.SequentialELBO().loss(declared, guide, data))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
+def test_kalman_quantiles_and_steps():
+    x = torch.randn(2, 5)
+    posterior = seq.KalmanFilter(LocalLevel(0.0, 1.0, 0.5)).run(x, [5, 3])
+    torch.testing.assert_close(posterior.log_evidence_by_step.sum(-1), posterior.log_evidence)
+    found = posterior.quantile("z", [0.025, 0.5])
+    moments = posterior.filtered["z"]
+    torch.testing.assert_close(found[1], moments.mean)
+    torch.testing.assert_close(found[0], moments.mean - 1.959963984540054 * moments.std)
+    with pytest.raises(ValueError, match="Kalman filter has no trajectories.*ParticleFilter"):
+        posterior.trajectories(3)
+    with pytest.raises(ValueError, match="no latent site 'w'"):
+        posterior.quantile("w", 0.5)

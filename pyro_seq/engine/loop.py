@@ -138,16 +138,20 @@ def _same_latents(model: Any, names: set[str] | None, sites: dict[str, Site], fr
 
 
 class Checked:
-    """Steps 1, 2, 4, 8, ... check every argument of every distribution; the others run without, for speed."""
+    """Steps 1, 2, 4, 8, ... check every argument of every distribution; the others run without, for speed.
 
-    def __init__(self) -> None:
+    :param later: whether any but the first do.
+    """
+
+    def __init__(self, later: bool = True) -> None:
+        self.later = later
         self.usual = bool(pyro.settings.get("validate_distributions_torch"))
         self.entered = 0
 
     def __enter__(self) -> None:
         self.entered += 1
-        power_of_two = self.entered & (self.entered - 1) == 0
-        Distribution.set_default_validate_args(self.usual and power_of_two)
+        due = self.entered == 1 or self.later and self.entered & (self.entered - 1) == 0
+        Distribution.set_default_validate_args(self.usual and due)
 
     def __exit__(self, *error: Any) -> None:
         Distribution.set_default_validate_args(self.usual)

@@ -53,7 +53,7 @@ def terms(model: Any, packed: Packed, steps: list[Step], num_particles: int, ana
     found: dict[str, list[Term]] = {}
     first = steps[0].frame
     split = 1 if first.first and model.begin(first) is None else 0
-    checks = Checked()
+    checks = Checked(later=False)  # the loop that drew has checked; from here on an error could not say the time
     for start, stop in ((0, split), (split, len(steps))):
         if start == stop:
             continue

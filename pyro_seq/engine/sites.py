@@ -92,6 +92,16 @@ class StepSites(Messenger):
     def latents(self) -> dict[str, Site]:
         return {name: site for name, site in self.sites.items() if not site.observed}
 
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> Any:
+        done = super().__exit__(kind, error, traceback)
+        if isinstance(error, ValueError) and str(error).startswith("Expected parameter"):
+            time = f" at time {self.frame.t}" if isinstance(self.frame.t, int) else ""
+            after = f"after site {list(self.sites)[-1]!r}" if self.sites else "before its first site"
+            raise ValueError(f"a distribution in the step{time}, {after}, has an argument that it cannot have: look for a "
+                             "scale that is zero or negative, a probability outside 0 to 1, or a state that has become NaN. "
+                             f"{error}") from error
+        return done
+
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if type(msg["fn"]).__name__ == "_Subsample":  # a plate of the user's own: none of the handlers' outside
             msg["stop"] = True
@@ -253,7 +263,18 @@ def _observed_value(name: str, p: Distribution, value: Tensor, frame: Frame) -> 
                                 f"data with x.to({first.dtype}) or the model with model.to({value.dtype})")
         if frame.first:
             _check_support(name, p, like, frame)
+    if not frame.first:
+        _without_check(p)  # all of the data has been checked at the first step
     return value
+
+
+def _without_check(fn: Distribution) -> None:
+    """Let ``fn`` score values outside its support: their density is zero, which is for the weights to say."""
+    while True:
+        fn.__dict__["_validate_args"] = False
+        if not hasattr(fn, "base_dist"):
+            return
+        fn = fn.base_dist
 
 
 def _check_support(name: str, p: Distribution, like: Distribution, frame: Frame) -> None:
@@ -262,9 +283,7 @@ def _check_support(name: str, p: Distribution, like: Distribution, frame: Frame)
     Where it moves with the parameters, as a uniform's, a value outside has density zero: that is for the weights to say.
     """
     if has_moving_support(p):
-        for fn in (p, like):
-            fn.__dict__["_validate_args"] = False
-        return
+        return _without_check(p)
     if frame.whole is None or name not in frame.x or (name, type(like)) in frame.whole.inside_support:
         return
     x = frame.whole.x[name]

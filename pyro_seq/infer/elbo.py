@@ -27,7 +27,8 @@ class SequentialELBO(ELBO):
     The same objective as Pyro's :class:`~pyro.infer.Trace_ELBO` (with ``analytic_kl``,
     :class:`~pyro.infer.TraceMeanField_ELBO`), several times faster: the loop over time only draws the latents, then the
     model's step is scored once on all times together. A step with dropout or batch normalisation in training mode is
-    scored inside the loop instead. Latents without a pathwise gradient, such as discrete ones, get the score-function
+    scored inside the loop instead; other randomness of its own, beside its sites, is drawn once for model and guide, where
+    Pyro's losses draw it for each. Latents without a pathwise gradient, such as discrete ones, get the score-function
     gradient with the reward from their own time on.
 
     :param int num_particles: samples of each sequence; the bound is their average.
