@@ -106,7 +106,7 @@ def test_parameters_of_the_function_are_those_of_the_store():
 
     x = torch.full((2, 5), 3.0)
     model = seq.from_pyro(shifted)
-    guide = seq.FilteringGuide(model, like=x, hidden=4)
+    guide = seq.PriorGuide(model)
     shifted(x)
     found = {}
     for start in (0.0, 3.0):
