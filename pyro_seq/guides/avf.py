@@ -33,11 +33,11 @@ class AmortizedVariationalFilter(NetworkGuide):
     :param model: the declared model.
     :param int iterations: refinements a step (K).
     :param like: data whose shapes and units the guide will meet; simulated from the model when omitted.
-    :param str preset: ``"default"``: a gated step from the prior that reads the frame, the state, the prior and the
-        sign and log magnitude of the gradient, trained on the whole sequence's bound. ``"paper"``: as published, a
-        highway network of :math:`\lambda` and its layer-normalised gradient alone, trained on each step's free energy,
-        averaged over iterations, with the state detached (with :class:`~pyro_seq.SequentialELBO`; under Pyro's own
-        losses the gradient also flows through time).
+    :param str preset: ``"default"``: a step gated between :math:`\lambda` and the network's own proposal, which reads the
+        frame, the state, the prior and the sign and log magnitude of the gradient, trained on the whole sequence's bound.
+        ``"paper"``: as published, a highway network of :math:`\lambda` and its layer-normalised gradient alone, trained on
+        each step's free energy, averaged over iterations, with the state detached (with
+        :class:`~pyro_seq.SequentialELBO`; under Pyro's own losses the gradient also flows through time).
     :param bool gradient: False leaves the gradient out of the inputs and everything else in place: the control that
         belongs beside every figure of AVF.
     :param int hidden: units of the network.

@@ -22,13 +22,14 @@ class FilteringGuide(NetworkGuide):
     r"""A direct filtering network :math:`q(z_t \mid h_{t-1}, x_{\le t})`, in the family of each latent's prior.
 
     A recurrent network encodes the data up to time t; a network combines the encoding with the model's state. With
-    ``residual`` (the default) the result is a gated step away from the prior, which the network also reads.
+    ``residual`` (the default) the network also reads the prior, and the result is gated between the two.
 
     :param model: the declared model.
     :param like: data whose shapes and units the guide will meet; simulated from the model when omitted.
     :param int hidden: units of the recurrent encoder and of the combining network.
     :param str cell: ``"gru"``, ``"lstm"``, ``"rnn"``, or ``None`` to read the current frame alone.
-    :param bool residual: move away from the prior, instead of predicting the parameters outright.
+    :param bool residual: gate between the prior and the network, instead of predicting the parameters outright. A latent that
+        its past says most of, as in a random walk, moves away from the prior in units of its scale.
     :param encoder: a module from one frame ``(rows, ...)`` to features ``(rows, width)``.
     :param global_guide: a guide for the model's global parameters.
 

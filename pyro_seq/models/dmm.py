@@ -143,7 +143,7 @@ class StructuredInference(SequentialGuide):
     :param str reads: ``"past"``: a filter (ST-L); ``"future"``: frames from t on (ST-R, the published default); ``"both"``
         (ST-LR).
     :param int hidden: units of the recurrent encodings.
-    :param bool residual: a gated step away from the prior's moments, instead of the moments outright.
+    :param bool residual: gate the moments between the prior's and the network's own, instead of the latter outright.
 
     Source: Krishnan, Shalit and Sontag, *Structured Inference Networks for Nonlinear State Space Models*, 2017.
 

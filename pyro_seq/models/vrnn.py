@@ -66,7 +66,7 @@ class VRNNInference(SequentialGuide):
     features :math:`\varphi_x`.
 
     :param model: a :class:`VRNN`.
-    :param bool residual: a gated step away from the prior's moments, instead of the moments outright.
+    :param bool residual: gate the moments between the prior's and the network's own, instead of the latter outright.
 
     Source: Chung et al., *A Recurrent Latent Variable Model for Sequential Data*, 2015.
 
