@@ -97,10 +97,12 @@ def match_marginals(model: Any, data: Any) -> None:
     if not isinstance(getattr(model, "emit", None), Emission):
         raise TypeError(f"match_marginals knows the models whose emission is `emit`, not {type(model).__name__}")
     data = Sequences.of(data)
-    frames = data.x["x"][:, :data.num_steps][data.active]
-    bias = model.emit.network[-1].bias
-    if frames.shape[-1] * (1 if model.emit.kind == "bernoulli" else 2) != len(bias):
-        raise ValueError(f"frames have {frames.shape[-1]} entries and the model's have {model.sizes[0]}")
+    observed, bias = model.sizes[0], model.emit.network[-1].bias
+    x = data.x.get("x")
+    if x is None or x.shape[2:] != (observed,):
+        found = f"{sorted(data.x)}" if x is None else f"of shape {tuple(x.shape)}"
+        raise ValueError(f"the data is {found}; {type(model).__name__} has frames of {observed} entries, x (B, T, {observed})")
+    frames = x[:, :data.num_steps][data.active]
     present = ~frames.isnan()
     count = present.sum(0)
     frames = frames.nan_to_num()
@@ -111,7 +113,7 @@ def match_marginals(model: Any, data: Any) -> None:
         mean = frames.sum(0) / count.clamp(min=1)
         square = torch.where(present, frames - mean, 0.0).square().sum(0) / count.clamp(min=1)
         scale = square.sqrt().clamp(min=1e-3)
-        bias.copy_(torch.cat([mean, scale.expm1().log()]))  # the inverse of softplus
+        bias.copy_(torch.cat([mean, scale + (-(-scale).expm1()).log()]))  # the inverse of softplus
 
 
 def backward_rnn(rnn: nn.RNNBase, inputs: Tensor, lengths: Tensor) -> Tensor:
