@@ -94,8 +94,8 @@ class AmortizedVariationalFilter(NetworkGuide):
     def _derive(self) -> None:
         super()._derive()
         dtype = self.dtype if self.follow is None else self.follow.dtype
-        self.follow = torch.cat([torch.full((family.width,), float(self.follows[site]), dtype=dtype, device=self.following.device)
-                                 for site, family in self.families.items()])
+        follow = [float(self.follows[site]) for site, family in self.families.items() for _ in range(family.width)]
+        self.follow = torch.tensor(follow, dtype=dtype, device=self.following.device)
 
     def prepare_rows(self, sequences: Sequences) -> Tensor | None:
         """``(B, T, hidden + outputs)``: what each frame adds to the update network."""
