@@ -12,7 +12,7 @@ from torch.nn.functional import softplus
 
 from pyro_seq.guide import SequentialGuide
 from pyro_seq.model import SequentialModel, StateSpaceModel
-from pyro_seq.models.layers import Emission, GatedResidual, NormalHead, backward_rnn, mlp
+from pyro_seq.models.layers import Emission, Framed, GatedResidual, NormalHead, backward_rnn, mlp
 
 __all__ = ["AugmentedDeepMarkovModel", "DeepMarkovModel", "StructuredInference"]
 
@@ -42,7 +42,7 @@ class GatedTransition(nn.Module):
         return (1 - gate) * self.linear(z) + gate * proposed, softplus(self.spread(proposed.relu()))
 
 
-class DeepMarkovModel(StateSpaceModel):
+class DeepMarkovModel(Framed, StateSpaceModel):
     r"""The deep Markov model: a Markov chain of normal latents with a gated transition, and a neural emission.
 
     .. math:: z_t \sim N(\mu(z_{t-1}), \sigma^2(z_{t-1})), \qquad x_t \sim g(z_t), \qquad z_0 \text{ learned}
@@ -91,7 +91,7 @@ class DeepMarkovModel(StateSpaceModel):
         return z, *self.gated(z)
 
 
-class AugmentedDeepMarkovModel(SequentialModel):
+class AugmentedDeepMarkovModel(Framed, SequentialModel):
     r"""The deep Markov model in which the last frame also feeds the transition and the emission (DMM-Aug).
 
     .. math:: z_t \sim N(\mu(z_{t-1}, x_{t-1}), \sigma^2(z_{t-1}, x_{t-1})), \qquad x_t \sim g(z_t, x_{t-1}), \qquad x_0 = 0

@@ -11,7 +11,7 @@ from torch.nn.functional import softplus
 
 from pyro_seq.sequences import Sequences
 
-__all__ = ["Emission", "GatedResidual", "NormalHead", "backward_rnn", "match_marginals", "mlp"]
+__all__ = ["Emission", "Framed", "GatedResidual", "NormalHead", "backward_rnn", "match_marginals", "mlp"]
 
 
 def mlp(inputs: int, hidden: int, outputs: int, layers: int = 1) -> nn.Sequential:
@@ -75,6 +75,18 @@ class Emission(nn.Module):
             return dist.Bernoulli(logits=out).to_event(1)
         loc, spread = out.chunk(2, -1)
         return dist.Normal(loc, softplus(spread)).to_event(1)
+
+
+class Framed:
+    """Of a model whose ``sizes`` begin with the entries of a frame: it refuses other frames, on which its networks or those of
+    its guides would end without a word about the data."""
+
+    def check_inputs(self, sequences: Sequences) -> None:
+        super().check_inputs(sequences)
+        for name, value in sequences.x.items():
+            if value.shape[2:] != self.sizes[:1]:
+                raise ValueError(f"{name!r} has shape {tuple(value.shape)}; {type(self).__name__} has frames of "
+                                 f"{self.sizes[0]} entries, (B, T, {self.sizes[0]})")
 
 
 def match_marginals(model: Any, data: Any) -> None:
