@@ -534,7 +534,8 @@ MISTAKES = {
                             lambda: match_marginals(MODELS["DMM"](), frames(2, 5, 3, 3))),
     "marginals of another name": (ValueError, r"the data is \['y'\]", lambda: match_marginals(
         MODELS["DMM"](), {"y": frames(2, 3, 3)})),
-    "frames of another width": (ValueError, "4", lambda: seq.SequentialELBO().loss(
+    "frames of another width": (ValueError, r"'x' has shape \(2, 3, 4\); DeepMarkovModel has frames of 3",
+                                lambda: seq.SequentialELBO().loss(
         *(lambda m: (m, seq.PriorGuide(m)))(MODELS["DMM"]()), frames(2, 3, 4))),
     "nothing selected": (ValueError, "no sequence is selected", lambda: seq.Sequences.of(frames(2, 3, 3)).select([])),
     "another type": (TypeError, "torch.float32 and the parameters of VRNN are torch.float64",
