@@ -12,7 +12,7 @@ from torch.nn.functional import softplus
 
 from pyro_seq.guide import SequentialGuide
 from pyro_seq.model import SequentialModel, StateSpaceModel
-from pyro_seq.models.layers import Emission, Framed, GatedResidual, NormalHead, backward_rnn, mlp
+from pyro_seq.models.layers import Emission, Framed, GatedResidual, NormalHead, backward_rnn, mlp, require_sizes
 
 __all__ = ["AugmentedDeepMarkovModel", "DeepMarkovModel", "StructuredInference"]
 
@@ -71,6 +71,7 @@ class DeepMarkovModel(Framed, StateSpaceModel):
     def __init__(self, observed: int, latent: int = 64, hidden: int = 128, emission_hidden: int = 128,
                  emission: str = "bernoulli", name: str = ""):
         super().__init__(name)
+        require_sizes(observed=observed, latent=latent, hidden=hidden, emission_hidden=emission_hidden)
         self.sizes = (observed, latent)
         self.z_0 = nn.Parameter(torch.zeros(latent))
         self.gated = GatedTransition(latent, hidden)
@@ -110,6 +111,7 @@ class AugmentedDeepMarkovModel(Framed, SequentialModel):
     def __init__(self, observed: int, latent: int = 64, hidden: int = 128, emission_hidden: int = 128,
                  emission: str = "bernoulli", name: str = ""):
         super().__init__(name)
+        require_sizes(observed=observed, latent=latent, hidden=hidden, emission_hidden=emission_hidden)
         self.sizes = (observed, latent)
         self.z_0 = nn.Parameter(torch.zeros(latent))
         self.gated = GatedTransition(latent, hidden, extra=observed)
@@ -166,6 +168,7 @@ class StructuredInference(SequentialGuide):
             raise TypeError(f"StructuredInference is made for a deep Markov model, not {type(model).__name__}: use "
                             "FilteringGuide, SmoothingGuide or AmortizedVariationalFilter")
         self.reads = reads
+        require_sizes(hidden=hidden)
         observed, latent = model.sizes
         self.left = nn.LSTM(observed, hidden, batch_first=True) if reads != "future" else None
         self.right = nn.LSTM(observed, hidden, batch_first=True) if reads != "past" else None

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from pyro_seq.module import require_count
 from pyro_seq.sequences import Sequences
 
-__all__ = ["Emission", "Framed", "GatedResidual", "NormalHead", "backward_rnn", "match_marginals", "mlp"]
+__all__ = ["Emission", "Framed", "GatedResidual", "NormalHead", "backward_rnn", "match_marginals", "mlp",
+           "require_sizes"]
 
 
 def mlp(inputs: int, hidden: int, outputs: int, layers: int = 1) -> nn.Sequential:
@@ -21,6 +23,12 @@ def mlp(inputs: int, hidden: int, outputs: int, layers: int = 1) -> nn.Sequentia
         parts += [nn.Linear(inputs, width), nn.ReLU()]
         inputs = width
     return nn.Sequential(*parts, nn.Linear(inputs, outputs))
+
+
+def require_sizes(**sizes: int) -> None:
+    """Raise unless each is an integer of at least 1."""
+    for name, value in sizes.items():
+        require_count(name, value, 1)
 
 
 class NormalHead(nn.Module):

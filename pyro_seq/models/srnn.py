@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyro_seq.guide import SequentialGuide
 from pyro_seq.model import SequentialModel
-from pyro_seq.models.layers import Emission, Framed, NormalHead, backward_rnn, mlp
+from pyro_seq.models.layers import Emission, Framed, NormalHead, backward_rnn, mlp, require_sizes
 
 __all__ = ["SRNN", "SRNNInference"]
 
@@ -43,6 +43,7 @@ class SRNN(Framed, SequentialModel):
 
     def __init__(self, observed: int, latent: int = 64, hidden: int = 128, emission: str = "bernoulli", name: str = ""):
         super().__init__(name)
+        require_sizes(observed=observed, latent=latent, hidden=hidden)
         self.sizes = (observed, latent, hidden)
         self.gru = nn.GRU(observed, hidden, batch_first=True)
         self.prior = nn.Sequential(nn.Linear(latent + hidden, hidden), nn.ReLU(), NormalHead(hidden, latent))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyro_seq.guide import SequentialGuide
 from pyro_seq.model import SequentialModel
-from pyro_seq.models.layers import Emission, Framed, GatedResidual, NormalHead
+from pyro_seq.models.layers import Emission, Framed, GatedResidual, NormalHead, require_sizes
 
 __all__ = ["VRNN", "VRNNInference"]
 
@@ -41,6 +41,7 @@ class VRNN(Framed, SequentialModel):
 
     def __init__(self, observed: int, latent: int = 64, hidden: int = 128, emission: str = "bernoulli", name: str = ""):
         super().__init__(name)
+        require_sizes(observed=observed, latent=latent, hidden=hidden)
         self.sizes = (observed, latent, hidden)
         self.h_0 = nn.Parameter(torch.zeros(hidden))
         self.prior = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), NormalHead(hidden, latent))
