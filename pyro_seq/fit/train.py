@@ -178,10 +178,11 @@ class _Run:
         self.parameters = list(dict.fromkeys([*model.parameters(), *guide.parameters()]))
         if not self.parameters:
             raise ValueError(f"neither {type(model).__name__} nor {type(guide).__name__} has parameters to train")
-        agreed([*(p.data for p in self.parameters), *model.buffers(), *guide.buffers()])
+        self.buffers = [*model.buffers(), *guide.buffers()]
+        agreed([*(p.data for p in self.parameters), *self.buffers])
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1.0, weight_decay=(settings or {}).get("weight_decay", 0.0))
         self.average = [p.detach().clone() for p in self.parameters]
-        self.best: dict[str, Any] = {"value": math.inf, "epoch": 0, "weights": self.average}
+        self.best: dict[str, Any] = {"value": math.inf, "epoch": 0, "weights": self.average, "buffers": self.buffers}
         self.history: list[dict[str, float]] = []
         self.epoch = self.updates = self.waited = 0
         self.seconds = 0.0
@@ -265,7 +266,8 @@ class _Run:
         self.waited += 1
         if float(chooses) < self.best["value"]:
             self.waited = 0
-            self.best = {"value": float(chooses), "epoch": self.epoch, "weights": [a.clone() for a in self.average]}
+            self.best = {"value": float(chooses), "epoch": self.epoch, "weights": [a.clone() for a in self.average],
+                         "buffers": [b.clone() for b in self.buffers]}
 
     def _put(self, weights: list[Tensor]) -> None:
         with torch.no_grad():
@@ -288,6 +290,8 @@ class _Run:
 
     def finish(self) -> Fit:
         self._put(self.best["weights"])
+        for buffer, value in zip(self.buffers, self.best["buffers"], strict=True):  # the running moments of a normalisation
+            buffer.copy_(value)
         self.model.eval(), self.guide.eval()
         history = pd.DataFrame(self.history)
         best = self.best["value"] if "valid" in history else history["train"].iloc[-1]
