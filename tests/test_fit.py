@@ -64,7 +64,7 @@ def test_windows_add_up_to_the_whole(name, particles, row_noise):
     batch = seq.Sequences.of(x, LENGTHS)
     loss = seq.SequentialELBO(particles)
     whole = loss.differentiable_loss(model, guide, batch)
-    for size in (1, 2, 5):
+    for size in (1, 5) if particles == 1 else (3,):
         torch.testing.assert_close(summed(loss, model, guide, batch, size), whole, rtol=1e-10, atol=1e-10)
     if not name.endswith(("avf", "prior")) and "paper" not in name and not (model.missing_feeds_state and "two" not in name):
         # With the gradient let through the borders, it is that of the whole too.
@@ -279,6 +279,36 @@ def test_training_lowers_the_bound():
     assert result.history["train"].iloc[-1] < 1.0 < 3 * math.log(2) < result.history["train"].iloc[0]
 
 
+class Normalised(VRNNInference):
+    """Its features have running moments, which belong to the weights of their epoch."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.normalise = nn.BatchNorm1d(4)
+
+    def prepare(self, x, lengths):
+        return self.normalise(super().prepare(x, lengths).transpose(1, 2)).transpose(1, 2)
+
+
+def test_running_moments_are_kept_with_the_best_weights(monkeypatch, tmp_path):
+    scores = iter([2.0, 3.0, 4.0])
+    monkeypatch.setattr(training, "nats_per_frame", lambda *args: next(scores))
+    kept = []
+    evaluate = training._Run._evaluate
+
+    def seen(run, *args):
+        kept.append(run.guide.normalise.running_mean.clone())
+        evaluate(run, *args)
+
+    monkeypatch.setattr(training._Run, "_evaluate", seen)
+    model, guide = pair(make=VRNN, guide=Normalised)
+    seq.fit(model, guide, data(), valid=data(1), epochs=3, checkpoint=tmp_path / "run", progress=False)
+    assert not torch.equal(kept[0], kept[2]) and torch.equal(guide.normalise.running_mean, kept[0])
+    other, fresh = pair(1, make=VRNN, guide=Normalised)
+    seq.restore(other, fresh, tmp_path / "run")
+    assert torch.equal(fresh.normalise.running_mean, kept[0])
+
+
 # Checkpoints.
 
 
@@ -415,7 +445,7 @@ with launched(torch.device("cpu")):
         seen.append([None if p.grad is None else p.grad.clone() for p in self.param_groups[0]["params"]])
         return step(self, *args, **kwargs)
     torch.optim.AdamW.step = spied
-    result = seq.fit(model, guide, seq.Sequences.of(x, lengths), valid=x[:3], epochs=3, batch_size=int(sys.argv[2]), window=3,
+    result = seq.fit(model, guide, seq.Sequences.of(x, lengths), valid=x[:3], epochs=3, batch_size=3, window=3,
                      weight_decay=0.1, averaging=0.5, kl_annealing=2, learning_rate=0.02, progress=False)
     torch.save({"world": world_size(), "gradients": seen, "train": result.history["train"].tolist(),
                 "weights": [p.detach() for p in (*model.parameters(), *guide.parameters())]}, f"{sys.argv[1]}-{rank()}")
@@ -436,13 +466,12 @@ def launch(script, arguments, world):
         assert process.returncode == 0, errors
 
 
-@pytest.mark.parametrize("batch", [3, 1])
-def test_two_processes_train_as_one(batch, tmp_path):
+def test_two_processes_train_as_one(tmp_path):
     """Shards are uneven, the last batch has one sequence for two processes, and short ones end windows early."""
     script = tmp_path / "script.py"
     script.write_text(PROCESSES)
-    launch(script, [str(tmp_path / "one"), str(batch)], 1)
-    launch(script, [str(tmp_path / "two"), str(batch), "--differ"], 2)
+    launch(script, [str(tmp_path / "one")], 1)
+    launch(script, [str(tmp_path / "two"), "--differ"], 2)
     one, *two = (torch.load(tmp_path / name) for name in ("one-0", "two-0", "two-1"))
     assert (one["world"], two[0]["world"]) == (1, 2) and len(one["gradients"]) > 10
     for other in two:
@@ -646,6 +675,7 @@ def test_fit_on_a_folder_of_midi_files(folder, capsys):
     ([*FIT, "--model-option", "layers=3"], r"['layers'] is not an option of DeepMarkovModel"),
     ([*FIT, "--guide-option", "reads='present'"], "reads='present'; it is 'past'"),
     ([*FIT, "--guide", "avf", "--guide-option", "cell=tcn"], "cell='tcn'"),
+    ([*FIT, "--model-option", "latent=-1"], "latent=-1; it is at least 1"),
     ([*FIT, "--epochs", "0"], "epochs=0; it is at least 1"),
     ([*FIT, "--averaging", "1"], "averaging=1.0; it is the decay of an average"),
     ([*FIT, "--seeds", "-1"], "seed=-1; it is at least 0"),
@@ -770,6 +800,10 @@ MISTAKES = {
                             lambda: seq.fit(*pair(), frames(4, 5), epochs=1, progress=False)),
     "images for vectors": (ValueError, r"shape \(4, 5, 3, 3\); SRNN has frames of 3 entries", lambda: seq.fit(
         *pair(), frames(4, 5, 3, 3), epochs=1, progress=False)),
+    "sizes": (ValueError, "latent=0; it is at least 1", lambda: DeepMarkovModel(3, latent=0)),
+    "sizes that are no numbers": (TypeError, "hidden='8' is not an integer", lambda: SRNN(3, hidden="8")),
+    "size of a guide": (TypeError, "hidden=2.5 is not an integer", lambda: StructuredInference(
+        DeepMarkovModel(3, 2, 4, 5), hidden=2.5)),
     "epochs": (ValueError, "epochs=0; it is at least 1", fit_with(epochs=0)),
     "batch size": (TypeError, "batch_size=2.5 is not an integer", fit_with(batch_size=2.5)),
     "window": (ValueError, "window=0; it is at least 1", fit_with(window=0)),
