@@ -868,3 +868,17 @@ def test_deep_markov_windows_leave_the_first_state_to_the_first_window(recorded)
     seq.fit(model, StructuredInference(model, hidden=4), frames(4, 6, 3), epochs=1, batch_size=4, window=3, progress=False)
     first, second = (seen["weights"][0] for seen in recorded)
     assert (first != 0).any() and torch.equal(first, second)
+
+
+def test_sequences_move_whole():
+    x = frames(2, 4, 3)
+    x[0, 1] = torch.nan
+    batch = seq.Sequences.of({"x": x, "k": torch.ones(2, 4, dtype=torch.long)}, [4, 2], mask={"k": torch.eye(2, 4) == 0},
+                             covariates={"u": torch.ones(2, 4)})
+    moved = batch.to(dtype=torch.float32)
+    assert (moved.x["x"].dtype, moved.x["k"].dtype, moved.covariates["u"].dtype) == (torch.float32, torch.long, torch.float32)
+    assert moved.has_missing and torch.equal(moved.lengths, batch.lengths) and torch.equal(
+        moved.observed["k"], batch.observed["k"]) and torch.equal(moved.x["x"].isnan(), batch.x["x"].isnan())
+    chosen = moved.select([1])
+    assert chosen.x["x"].shape == (1, 2, 3) and chosen.observed["k"].tolist() == [[True, False]]
+    assert chosen.covariates["u"].shape == (1, 2) and chosen.num_steps == 2

@@ -69,8 +69,8 @@ def fit(model: Any, guide: Any, train: Any, *, valid: Any = None, also: Mapping[
     :param loss: a :class:`~pyro_seq.SequentialELBO`, the default.
     :param int seed: of the batches and of all noise; the weights that model and guide start from are theirs.
     :param checkpoint: a file that holds the run; if it exists, the run goes on from it.
-    :raises ValueError: when the bound or its gradient is not finite (the checkpoint keeps the last epoch), or the checkpoint
-        is damaged or of another run.
+    :raises ValueError: when the bound or its gradient is not finite (the checkpoint keeps the last epoch), the checkpoint is
+        damaged or of another run, or the model has global parameters with priors.
 
     Example::
 
