@@ -344,6 +344,10 @@ def test_checkpoints_of_other_runs_are_refused(checkpoint, tmp_path):
     for options, says in (({"learning_rate": 0.5}, r"other settings \(there, here\): {'learning_rate': \(0\.\d+, 0.5\)}"),
                           ({"loss": seq.SequentialELBO(3)}, "other settings.*'loss'"), ({"seed": 1}, r"'seed': \(0, 1\)")):
         refusal(ValueError, says, lambda o=options: trained(**{"epochs": 2, "checkpoint": checkpoint, **o}))
+    model, guide = pair()
+    flipped = seq.Sequences({"x": 1 - data().x["x"]}, data().lengths)
+    refusal(ValueError, "other settings.*'data'", lambda: seq.fit(
+        model, guide, flipped, valid=data(1, 6), also={"test": data(2, 5)}, **{**OPTIONS, "epochs": 2}, checkpoint=checkpoint))
     for other, what in ((VRNN(3, 2, 4), VRNNInference), (SRNN(3, 2, 5), SRNNInference)):
         before = copy.deepcopy(other.state_dict())
         refusal(ValueError, "of another model than this (VRNN|SRNN): it has .*here", lambda o=other, g=what: seq.restore(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -120,7 +121,7 @@ def fit(model: Any, guide: Any, train: Any, *, valid: Any = None, also: Mapping[
                     kl_annealing=kl_annealing, window=window or 0, every=every, patience=patience or 0, seed=seed,
                     processes=world_size(), loss=[type(loss).__name__, loss.num_particles, loss.analytic_kl,
                                                   float(loss.kl_weight), float(loss.free_bits)],
-                    data=[[name, part.num_sequences, int(part.lengths.sum())] for name, part in
+                    data=[[name, part.num_sequences, int(part.lengths.sum()), _checksum(part)] for name, part in
                           {"train": train, **held_out}.items()])
     run = _Run(model, guide, loss, settings)
     if checkpoint is not None and Path(checkpoint).exists():
@@ -327,6 +328,14 @@ class _Run:
         self.settings = state["settings"]
         for name in kept:
             setattr(self, name, state[name])
+
+
+def _checksum(data: Sequences) -> int:
+    """Tells the data of one run from that of another."""
+    total = 0
+    for value in (data.lengths, *data.x.values(), *data.covariates.values(), *data.observed.values()):
+        total = zlib.crc32(value.cpu().contiguous().view(torch.uint8).numpy(), total)
+    return total
 
 
 def _unconstrained(value: Tensor) -> Tensor:
