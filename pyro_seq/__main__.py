@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         return given.run(given)
-    except (ValueError, TypeError, OSError) as error:  # what the user can mend, without a traceback
+    except (ValueError, TypeError, OSError, ImportError) as error:  # what the user can mend, without a traceback
         print(f"pyro-seq: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -204,9 +204,9 @@ class Sequences:
             Sequences(x=(1, 3, 2), lengths 3..3)
         """
         index = torch.as_tensor(index, device=self.device)
-        lengths = self.lengths[index]
-        if len(lengths) == 0:
+        if index.numel() == 0:
             raise ValueError("no sequence is selected: index is empty")
+        lengths = self.lengths[index]
         steps = int(lengths.max())
 
         def rows(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

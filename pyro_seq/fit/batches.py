@@ -22,7 +22,7 @@ def epoch_generator(*key: int) -> torch.Generator:
     seed = 0
     for part in key:  # a linear congruential step a part, so that (0, 1) and (1, 0) differ
         seed = (seed * 6364136223846793005 + int(part) + 1442695040888963407) % 2**63
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator("cpu").manual_seed(seed)
 
 
 def bucketed(lengths: Tensor, batch_size: int, generator: torch.Generator) -> list[list[int]]:
@@ -41,10 +41,11 @@ def bucketed(lengths: Tensor, batch_size: int, generator: torch.Generator) -> li
     """
     lengths = lengths.cpu().double()
     spread = float(lengths.std()) if len(lengths) > 1 else 0.0
-    noisy = lengths + (0.1 * spread + 1e-3) * torch.randn(len(lengths), generator=generator, dtype=torch.double)
+    noisy = lengths + (0.1 * spread + 1e-3) * torch.randn(
+        len(lengths), generator=generator, dtype=torch.double, device="cpu")
     order = noisy.argsort()
     batches = [part.tolist() for part in order.split(batch_size)]
-    return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator, device="cpu")]
 
 
 def windows(steps: int, size: int | None) -> list[Window]:

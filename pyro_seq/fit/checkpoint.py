@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import pickle
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,5 +65,8 @@ def load_checkpoint(path: str | Path, device: Any = "cpu") -> dict[str, Any]:
     if hashlib.sha256(body).digest() != digest:
         raise ValueError(f"the checkpoint {str(path)!r} is damaged: its {len(body)} bytes do not have the checksum they were "
                          "written with. Delete it; training begins anew without it")
-    # weights_only: tensors and plain containers, no code.
-    return torch.load(io.BytesIO(body), map_location=device, weights_only=True)
+    try:  # weights_only: tensors and plain containers, no code.
+        return torch.load(io.BytesIO(body), map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"the checkpoint {str(path)!r} holds more than tensors, numbers, strings and containers of them. "
+                         "None of it was run or read; pyro_seq writes no such file") from error

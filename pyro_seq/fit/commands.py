@@ -102,10 +102,11 @@ def _fit(given: argparse.Namespace) -> int:
         torch.set_num_threads(1)  # On tensors this small, several threads mostly wait for each other.
     settings = {"model": given.model, "guide": given.guide, "data": given.data, "model_options": given.model_option,
                 "guide_options": given.guide_option, "training": {name: getattr(given, name) for name in _TRAINING}}
+    settings = json.loads(json.dumps(settings))  # as they will be read again: a tuple is a list there
     folder = given.output or Path("runs") / f"{Path(given.data).name}-{given.model}-{given.guide}"
     with launched(torch.device(given.device)):
+        data = _load(given.data)  # before the folder is made: a name may be misspelt
         _claim(folder, settings)
-        data = _load(given.data)
         for seed in given.seeds:
             model, guide = _build(settings, data, given.device, seed)
             result = fit(model, guide, data.train.to(given.device), valid=data.valid.to(given.device), seed=seed,

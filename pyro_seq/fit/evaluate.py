@@ -27,8 +27,8 @@ def evaluate(model: Any, guide: Any, data: Any, *, num_samples: int = 10, num_pa
 
     * ``ELBO``: the mean log weight of ``num_samples`` draws from the guide;
     * ``particle bound``: minus the mean log evidence of a particle filter with the guide as its proposal, resampling when the
-      effective sample size falls below half (Maddison et al., *Filtering Variational Objectives*, 2017). Only a guide that does
-      not read the future is a proposal for it to keep to; one that does is still valid, and its row says so.
+      effective sample size falls below half (Maddison et al., *Filtering Variational Objectives*, 2017). A guide that reads the
+      future is as valid a proposal.
 
     Both are upper bounds of the negative log likelihood in expectation. The columns weigh differently:
 

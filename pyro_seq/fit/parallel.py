@@ -42,13 +42,16 @@ def share(index: Sequence[int]) -> list[int]:
 
 
 def sum_gradients(parameters: Sequence[Tensor]) -> None:
-    """Add up the gradients of all processes, in one message."""
+    """Add up the gradients of all processes, in one message. A parameter that none has a gradient for is left without, since
+    an optimiser would move it by its momentum."""
     if world_size() == 1:
         return
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters])
+    present = parameters[0].new_tensor([p.grad is not None for p in parameters])
+    flat = torch.cat([present, *((torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters)])
     distributed.all_reduce(flat)
-    for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        p.grad = part.view_as(p)
+    present, *parts = flat.split([len(parameters), *(p.numel() for p in parameters)])
+    for p, found, part in zip(parameters, present.tolist(), parts, strict=True):
+        p.grad = part.view_as(p) if found else None
 
 
 def agreed(values: Sequence[Tensor]) -> None:

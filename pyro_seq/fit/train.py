@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-import pyro
 import torch
+from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -68,8 +70,8 @@ def fit(model: Any, guide: Any, train: Any, *, valid: Any = None, also: Mapping[
     :param loss: a :class:`~pyro_seq.SequentialELBO`, the default.
     :param int seed: of the batches and of all noise; the weights that model and guide start from are theirs.
     :param checkpoint: a file that holds the run; if it exists, the run goes on from it.
-    :raises ValueError: when the bound or its gradient is not finite (the checkpoint keeps the last epoch), or the checkpoint
-        is damaged or of another run.
+    :raises ValueError: when the bound or its gradient is not finite (the checkpoint keeps the last epoch), the checkpoint is
+        damaged or of another run, or the model has global parameters with priors.
 
     Example::
 
@@ -91,7 +93,7 @@ def fit(model: Any, guide: Any, train: Any, *, valid: Any = None, also: Mapping[
     require_model(model, "fit")
     require_guide(guide, model, "fit")
     for name, value, least in (("epochs", epochs, 1), ("batch_size", batch_size, 1), ("warmup", warmup, 0),
-                               ("kl_annealing", kl_annealing, 0), ("every", every, 1)):
+                               ("kl_annealing", kl_annealing, 0), ("every", every, 1), ("seed", seed, 0)):
         require_count(name, value, least)
     for name, value in (("window", window), ("patience", patience)):
         if value is not None:
@@ -107,34 +109,44 @@ def fit(model: Any, guide: Any, train: Any, *, valid: Any = None, also: Mapping[
     loss = SequentialELBO() if loss is None else loss
     if not hasattr(loss, "window_loss"):
         raise TypeError(f"loss is a {type(loss).__name__}; fit takes a SequentialELBO: for others use pyro.infer.SVI")
+    if drawn := model.global_sites():
+        raise ValueError(f"{type(model).__name__} has the global parameters {drawn}, whose terms belong to the whole data set "
+                         "and not to each batch: train it with pyro.infer.SVI and plate_size=, or make them parameters")
     train = Sequences.of(train)
     held_out = {name: Sequences.of(data) for name, data in {"valid": valid, **(also or {})}.items() if data is not None}
     if clash := sorted({"epoch", "updates", "seconds", "train", "valid"} & set(also or {})):
         raise ValueError(f"also= has the names {clash}, which the history uses itself: rename them")
-    settings = dict(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, schedule=schedule, warmup=warmup,
-                    clip=clip, weight_decay=weight_decay, averaging=averaging, kl_annealing=kl_annealing, window=window or 0,
-                    every=every, patience=patience or 0, seed=seed, processes=world_size(),
-                    data=[[name, part.num_sequences, int(part.lengths.sum())] for name, part in
+    settings = dict(epochs=epochs, batch_size=batch_size, learning_rate=float(learning_rate), schedule=schedule,
+                    warmup=warmup, clip=float(clip), weight_decay=float(weight_decay), averaging=float(averaging),
+                    kl_annealing=kl_annealing, window=window or 0, every=every, patience=patience or 0, seed=seed,
+                    processes=world_size(), loss=[type(loss).__name__, loss.num_particles, loss.analytic_kl,
+                                                  float(loss.kl_weight), float(loss.free_bits)],
+                    data=[[name, part.num_sequences, int(part.lengths.sum()), _checksum(part)] for name, part in
                           {"train": train, **held_out}.items()])
     run = _Run(model, guide, loss, settings)
     if checkpoint is not None and Path(checkpoint).exists():
         run.load(checkpoint)
     devices = [train.device] if train.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), own_parameters(model, guide), tqdm(
-            total=epochs, initial=run.epoch, disable=not progress or rank() > 0, desc="fit", unit="epoch") as bar:
-        while run.epoch < epochs and not run.stopped:
-            run.one_epoch(train, held_out)
-            bar.update()
-            bar.set_postfix({k: f"{v:.3f}" for k, v in run.history[-1].items() if k in ("train", *held_out)})
-            if checkpoint is not None and rank() == 0:
-                run.save(checkpoint)
+    kl_weight = loss.kl_weight
+    try:
+        with torch.random.fork_rng(devices), own_parameters(model, guide), tqdm(
+                total=epochs, initial=run.epoch, disable=not progress or rank() > 0, desc="fit", unit="epoch") as bar:
+            while run.epoch < epochs and not run.stopped:
+                run.one_epoch(train, held_out)
+                bar.update()
+                latest = run.history[-1] if run.history else {}
+                bar.set_postfix({k: f"{v:.3f}" for k, v in latest.items() if k in ("train", *held_out)})
+                if checkpoint is not None and rank() == 0:
+                    run.save(checkpoint)
+    finally:
+        loss.kl_weight = kl_weight  # Annealing set it.
     return run.finish()
 
 
 def restore(model: Any, guide: Any, checkpoint: str | Path) -> Fit:
     """Give model and guide the best weights of a checkpoint that :func:`fit` wrote.
 
-    :raises ValueError: if it is damaged, or of another model or guide.
+    :raises ValueError: if it is damaged, of another model or guide, or of a run that has not been evaluated yet.
 
     Example::
 
@@ -152,6 +164,9 @@ def restore(model: Any, guide: Any, checkpoint: str | Path) -> Fit:
     require_guide(guide, model, "restore")
     run = _Run(model, guide, SequentialELBO(), None)
     run.load(checkpoint)
+    if not run.history:
+        raise ValueError(f"the run of {str(checkpoint)!r} stands at epoch {run.epoch} and is first evaluated after epoch "
+                         f"{min(run.settings['every'], run.settings['epochs'])}: let fit go on until then")
     return run.finish()
 
 
@@ -160,13 +175,15 @@ class _Run:
 
     def __init__(self, model: Any, guide: Any, loss: Any, settings: dict[str, Any] | None):
         self.model, self.guide, self.loss, self.settings = model, guide, loss, settings
-        self.parameters = [*model.parameters(), *guide.parameters()]
+        # Each once, where the guide shares some of the model's.
+        self.parameters = list(dict.fromkeys([*model.parameters(), *guide.parameters()]))
         if not self.parameters:
             raise ValueError(f"neither {type(model).__name__} nor {type(guide).__name__} has parameters to train")
-        agreed([*(p.data for p in self.parameters), *model.buffers(), *guide.buffers()])
+        self.buffers = [*model.buffers(), *guide.buffers()]
+        agreed([*(p.data for p in self.parameters), *self.buffers])
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1.0, weight_decay=(settings or {}).get("weight_decay", 0.0))
         self.average = [p.detach().clone() for p in self.parameters]
-        self.best: dict[str, Any] = {"value": math.inf, "epoch": 0, "weights": self.average}
+        self.best: dict[str, Any] = {"value": math.inf, "epoch": 0, "weights": self.average, "buffers": self.buffers}
         self.history: list[dict[str, float]] = []
         self.epoch = self.updates = self.waited = 0
         self.seconds = 0.0
@@ -195,9 +212,8 @@ class _Run:
                 value = torch.zeros((), dtype=torch.double)
                 if sequences is not None and window.start <= sequences.num_steps:
                     window = window._replace(stop=min(window.stop, sequences.num_steps), state=state)
-                    nats, state = self.loss.window_loss(self.model, self.guide, sequences, window)
-                    if self.updates == 0:
-                        self._refuse_loose_parameters()
+                    with self._refusing_loose_parameters():
+                        nats, state = self.loss.window_loss(self.model, self.guide, sequences, window)
                     (nats / inside).backward()
                     value = nats.detach().double().cpu()
                     state = map_state(lambda leaf: leaf.detach(), state)
@@ -251,22 +267,32 @@ class _Run:
         self.waited += 1
         if float(chooses) < self.best["value"]:
             self.waited = 0
-            self.best = {"value": float(chooses), "epoch": self.epoch, "weights": [a.clone() for a in self.average]}
+            self.best = {"value": float(chooses), "epoch": self.epoch, "weights": [a.clone() for a in self.average],
+                         "buffers": [b.clone() for b in self.buffers]}
 
     def _put(self, weights: list[Tensor]) -> None:
         with torch.no_grad():
             for p, w in zip(self.parameters, weights, strict=True):
                 p.copy_(w)
 
-    def _refuse_loose_parameters(self) -> None:
+    @contextmanager
+    def _refusing_loose_parameters(self) -> Iterator[None]:
+        if self.updates > 0:
+            yield
+            return
+        with poutine.trace(param_only=True) as met:
+            yield
         mine = {id(p) for p in self.parameters}
-        loose = sorted(name for name, p in pyro.get_param_store().named_parameters() if id(p) not in mine and p.grad_fn is None)
+        sites = [met.trace.nodes[name] for name in met.trace.param_nodes]
+        loose = sorted(site["name"] for site in sites if id(_unconstrained(site["value"])) not in mine)
         if loose:
             raise ValueError(f"{loose} are pyro.param statements, which fit does not see: make them attributes of the model or "
                              "guide (PyroParam), or train with pyro.infer.SVI")
 
     def finish(self) -> Fit:
         self._put(self.best["weights"])
+        for buffer, value in zip(self.buffers, self.best["buffers"], strict=True):  # the running moments of a normalisation
+            buffer.copy_(value)
         self.model.eval(), self.guide.eval()
         history = pd.DataFrame(self.history)
         best = self.best["value"] if "valid" in history else history["train"].iloc[-1]
@@ -288,17 +314,33 @@ class _Run:
             differ = {k: (state["settings"].get(k), v) for k, v in self.settings.items() if state["settings"].get(k) != v}
             raise ValueError(f"the checkpoint {str(path)!r} is of a run with other settings (there, here): {differ}. Use the "
                              "same ones to go on, or another file to begin anew")
-        for what, module in (("model", self.model), ("guide", self.guide)):
-            try:
-                module.load_state_dict(state[what])
-            except RuntimeError as error:
-                raise ValueError(f"the checkpoint {str(path)!r} is of another {what} than this {type(module).__name__}: "
-                                 f"{error}") from error
+        both = (("model", self.model), ("guide", self.guide))
+        for what, module in both:  # before anything is loaded, so that nothing is when it does not fit
+            here, there = ({k: tuple(v.shape) for k, v in found.items()} for found in (module.state_dict(), state[what]))
+            if differ := [f"{k} {there.get(k, 'missing')}, here {here.get(k, 'missing')}"
+                          for k in sorted({*here, *there}) if here.get(k) != there.get(k)]:
+                raise ValueError(f"the checkpoint {str(path)!r} is of another {what} than this {type(module).__name__}: it has "
+                                 f"{'; '.join(differ[:5])}")
+        for what, module in both:
+            module.load_state_dict(state[what])
         if self.settings is not None:
             self.optimizer.load_state_dict(state["optimizer"])
         self.settings = state["settings"]
         for name in kept:
             setattr(self, name, state[name])
+
+
+def _checksum(data: Sequences) -> int:
+    """Tells the data of one run from that of another."""
+    total = 0
+    for value in (data.lengths, *data.x.values(), *data.covariates.values(), *data.observed.values()):
+        total = zlib.crc32(value.cpu().contiguous().view(torch.uint8).numpy(), total)
+    return total
+
+
+def _unconstrained(value: Tensor) -> Tensor:
+    """The parameter behind the value of a param site."""
+    return value.unconstrained() if hasattr(value, "unconstrained") else value
 
 
 def nats_per_frame(loss: Any, model: Any, guide: Any, data: Sequences, batch_size: int = 100) -> float:

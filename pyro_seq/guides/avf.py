@@ -80,16 +80,22 @@ class AmortizedVariationalFilter(NetworkGuide):
         for site, family in self.families.items():
             self.slices[site] = slice(start, start + family.width)
             start += family.width
+        self.register_buffer("follow", None, persistent=False)
+        self._derive()
         size = 128 if hidden is None else hidden
         encoded = self.frame_width + (0 if cell is None else size)
         added = self.state_width + (4 if gradient else 2) * width
         with self.device:
-            self.register_buffer("follow", torch.cat([torch.full((family.width,), float(self.follows[site]))
-                                                      for site, family in self.families.items()]), persistent=False)
             self.rnn = None if cell is None else CELLS[cell](self.frame_width, size, batch_first=True)
             self.update = (_Highway(width, 1024 if hidden is None else hidden) if preset == "paper" else
                            Head(encoded, added, size, 2 * width))
         self.to(self.dtype)
+
+    def _derive(self) -> None:
+        super()._derive()
+        dtype = self.dtype if self.follow is None else self.follow.dtype
+        follow = [float(self.follows[site]) for site, family in self.families.items() for _ in range(family.width)]
+        self.follow = torch.tensor(follow, dtype=dtype, device=self.following.device)
 
     def prepare_rows(self, sequences: Sequences) -> Tensor | None:
         """``(B, T, hidden + outputs)``: what each frame adds to the update network."""

@@ -20,7 +20,7 @@ CELLS = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}
 """Recurrent encoders by name."""
 
 
-def _after_load(module: Standardise, _: Any) -> None:
+def _after_load(module: Standardise | NetworkGuide, _: Any) -> None:
     module._derive()
 
 
@@ -119,6 +119,9 @@ class NetworkGuide(SequentialGuide):
         self.frame_units = Standardise(found.frame)
         self.state_units = None if found.state is None else Standardise(found.state)
         self.follows = {k: residual and v for k, v in found.follows.items()}
+        # Kept with the weights, which were trained for it: on another model the probe may find otherwise.
+        self.register_buffer("following", torch.tensor(list(self.follows.values()), device=found.device))
+        self.register_load_state_dict_post_hook(_after_load)
         self.parameter_units = BySite({k: Standardise((found.parameters if follows else found.reach)[k])
                                        for k, follows in self.follows.items()})
         self.encoder = encoder
@@ -131,6 +134,9 @@ class NetworkGuide(SequentialGuide):
             encoder.to(found.device, found.dtype)
             with torch.no_grad():
                 self.frame_width = self.frame_features(Sequences.of(like).frame(1)).shape[-1]
+
+    def _derive(self) -> None:
+        self.follows = dict(zip(self.families, self.following.tolist(), strict=True))
 
     def frame_features(self, frame: Frame) -> Tensor:
         """``(rows, frame_width)``: the frame in unit size, zero where missing, and the share that is observed."""

@@ -86,6 +86,11 @@ class SequentialELBO(ELBO):
         """
         require_model(model, "SequentialELBO")
         require_guide(guide, model, "SequentialELBO")
+        if not 1 <= window.start <= window.stop <= sequences.num_steps:
+            raise ValueError(f"the window {window.start}..{window.stop} does not lie within the steps 1..{sequences.num_steps}")
+        if window.start > 1 and window.state is None:
+            raise ValueError(f"the window {window.start}..{window.stop} has no state to begin from: give it the one that the "
+                             "loss of the window before returned")
         outside = look_around()
         if outside.mask is not None or outside.plates:
             raise ValueError("SequentialELBO is run inside poutine.mask or a plate: mark missing data with mask=, and use "

@@ -12,7 +12,7 @@ from torch.nn.functional import softplus
 
 from pyro_seq.guide import SequentialGuide
 from pyro_seq.model import SequentialModel, StateSpaceModel
-from pyro_seq.models.layers import Emission, GatedResidual, NormalHead, backward_rnn, mlp
+from pyro_seq.models.layers import Emission, Framed, GatedResidual, NormalHead, backward_rnn, mlp, require_sizes
 
 __all__ = ["AugmentedDeepMarkovModel", "DeepMarkovModel", "StructuredInference"]
 
@@ -42,7 +42,7 @@ class GatedTransition(nn.Module):
         return (1 - gate) * self.linear(z) + gate * proposed, softplus(self.spread(proposed.relu()))
 
 
-class DeepMarkovModel(StateSpaceModel):
+class DeepMarkovModel(Framed, StateSpaceModel):
     r"""The deep Markov model: a Markov chain of normal latents with a gated transition, and a neural emission.
 
     .. math:: z_t \sim N(\mu(z_{t-1}), \sigma^2(z_{t-1})), \qquad x_t \sim g(z_t), \qquad z_0 \text{ learned}
@@ -71,6 +71,7 @@ class DeepMarkovModel(StateSpaceModel):
     def __init__(self, observed: int, latent: int = 64, hidden: int = 128, emission_hidden: int = 128,
                  emission: str = "bernoulli", name: str = ""):
         super().__init__(name)
+        require_sizes(observed=observed, latent=latent, hidden=hidden, emission_hidden=emission_hidden)
         self.sizes = (observed, latent)
         self.z_0 = nn.Parameter(torch.zeros(latent))
         self.gated = GatedTransition(latent, hidden)
@@ -91,7 +92,7 @@ class DeepMarkovModel(StateSpaceModel):
         return z, *self.gated(z)
 
 
-class AugmentedDeepMarkovModel(SequentialModel):
+class AugmentedDeepMarkovModel(Framed, SequentialModel):
     r"""The deep Markov model in which the last frame also feeds the transition and the emission (DMM-Aug).
 
     .. math:: z_t \sim N(\mu(z_{t-1}, x_{t-1}), \sigma^2(z_{t-1}, x_{t-1})), \qquad x_t \sim g(z_t, x_{t-1}), \qquad x_0 = 0
@@ -110,6 +111,7 @@ class AugmentedDeepMarkovModel(SequentialModel):
     def __init__(self, observed: int, latent: int = 64, hidden: int = 128, emission_hidden: int = 128,
                  emission: str = "bernoulli", name: str = ""):
         super().__init__(name)
+        require_sizes(observed=observed, latent=latent, hidden=hidden, emission_hidden=emission_hidden)
         self.sizes = (observed, latent)
         self.z_0 = nn.Parameter(torch.zeros(latent))
         self.gated = GatedTransition(latent, hidden, extra=observed)
@@ -166,6 +168,7 @@ class StructuredInference(SequentialGuide):
             raise TypeError(f"StructuredInference is made for a deep Markov model, not {type(model).__name__}: use "
                             "FilteringGuide, SmoothingGuide or AmortizedVariationalFilter")
         self.reads = reads
+        require_sizes(hidden=hidden)
         observed, latent = model.sizes
         self.left = nn.LSTM(observed, hidden, batch_first=True) if reads != "future" else None
         self.right = nn.LSTM(observed, hidden, batch_first=True) if reads != "past" else None

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from pyro_seq.module import require_count
 from pyro_seq.sequences import Sequences
 
-__all__ = ["Emission", "GatedResidual", "NormalHead", "backward_rnn", "match_marginals", "mlp"]
+__all__ = ["Emission", "Framed", "GatedResidual", "NormalHead", "backward_rnn", "match_marginals", "mlp",
+           "require_sizes"]
 
 
 def mlp(inputs: int, hidden: int, outputs: int, layers: int = 1) -> nn.Sequential:
@@ -21,6 +23,12 @@ def mlp(inputs: int, hidden: int, outputs: int, layers: int = 1) -> nn.Sequentia
         parts += [nn.Linear(inputs, width), nn.ReLU()]
         inputs = width
     return nn.Sequential(*parts, nn.Linear(inputs, outputs))
+
+
+def require_sizes(**sizes: int) -> None:
+    """Raise unless each is an integer of at least 1."""
+    for name, value in sizes.items():
+        require_count(name, value, 1)
 
 
 class NormalHead(nn.Module):
@@ -78,6 +86,18 @@ class Emission(nn.Module):
         return dist.Normal(loc, softplus(spread)).to_event(1)
 
 
+class Framed:
+    """Of a model whose ``sizes`` begin with the entries of a frame: it refuses other frames, on which its networks or those of
+    its guides would end without a word about the data."""
+
+    def check_inputs(self, sequences: Sequences) -> None:
+        super().check_inputs(sequences)
+        for name, value in sequences.x.items():
+            if value.shape[2:] != self.sizes[:1]:
+                raise ValueError(f"{name!r} has shape {tuple(value.shape)}; {type(self).__name__} has frames of "
+                                 f"{self.sizes[0]} entries, (B, T, {self.sizes[0]})")
+
+
 def match_marginals(model: Any, data: Any) -> None:
     """Let an untrained model's emission begin at the marginals of the data, by the biases of its last layer.
 
@@ -98,10 +118,12 @@ def match_marginals(model: Any, data: Any) -> None:
     if not isinstance(getattr(model, "emit", None), Emission):
         raise TypeError(f"match_marginals knows the models whose emission is `emit`, not {type(model).__name__}")
     data = Sequences.of(data)
-    frames = data.x["x"][:, :data.num_steps][data.active]
-    bias = model.emit.network[-1].bias
-    if frames.shape[-1] * (1 if model.emit.kind == "bernoulli" else 2) != len(bias):
-        raise ValueError(f"frames have {frames.shape[-1]} entries and the model's have {model.sizes[0]}")
+    observed, bias = model.sizes[0], model.emit.network[-1].bias
+    x = data.x.get("x")
+    if x is None or x.shape[2:] != (observed,):
+        found = f"{sorted(data.x)}" if x is None else f"of shape {tuple(x.shape)}"
+        raise ValueError(f"the data is {found}; {type(model).__name__} has frames of {observed} entries, x (B, T, {observed})")
+    frames = x[:, :data.num_steps][data.active]
     present = ~frames.isnan()
     count = present.sum(0)
     frames = frames.nan_to_num()
@@ -112,7 +134,7 @@ def match_marginals(model: Any, data: Any) -> None:
         mean = frames.sum(0) / count.clamp(min=1)
         square = torch.where(present, frames - mean, 0.0).square().sum(0) / count.clamp(min=1)
         scale = square.sqrt().clamp(min=1e-3)
-        bias.copy_(torch.cat([mean, scale.expm1().log()]))  # the inverse of softplus
+        bias.copy_(torch.cat([mean, scale + (-(-scale).expm1()).log()]))  # the inverse of softplus
 
 
 def backward_rnn(rnn: nn.RNNBase, inputs: Tensor, lengths: Tensor) -> Tensor:

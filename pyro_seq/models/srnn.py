@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from pyro_seq.guide import SequentialGuide
 from pyro_seq.model import SequentialModel
-from pyro_seq.models.layers import Emission, NormalHead, backward_rnn, mlp
+from pyro_seq.models.layers import Emission, Framed, NormalHead, backward_rnn, mlp, require_sizes
 
 __all__ = ["SRNN", "SRNNInference"]
 
 
-class SRNN(SequentialModel):
+class SRNN(Framed, SequentialModel):
     r"""The stochastic recurrent neural network: a layer of stochastic units on a deterministic recurrence of the data.
 
     .. math:: d_t = \mathrm{GRU}(d_{t-1}, x_{t-1}), \qquad z_t \sim N(\mu(z_{t-1}, d_t), \sigma^2(z_{t-1}, d_t)), \qquad
@@ -43,6 +43,7 @@ class SRNN(SequentialModel):
 
     def __init__(self, observed: int, latent: int = 64, hidden: int = 128, emission: str = "bernoulli", name: str = ""):
         super().__init__(name)
+        require_sizes(observed=observed, latent=latent, hidden=hidden)
         self.sizes = (observed, latent, hidden)
         self.gru = nn.GRU(observed, hidden, batch_first=True)
         self.prior = nn.Sequential(nn.Linear(latent + hidden, hidden), nn.ReLU(), NormalHead(hidden, latent))

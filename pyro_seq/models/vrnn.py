@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from pyro_seq.guide import SequentialGuide
 from pyro_seq.model import SequentialModel
-from pyro_seq.models.layers import Emission, GatedResidual, NormalHead
+from pyro_seq.models.layers import Emission, Framed, GatedResidual, NormalHead, require_sizes
 
 __all__ = ["VRNN", "VRNNInference"]
 
 
-class VRNN(SequentialModel):
+class VRNN(Framed, SequentialModel):
     r"""The variational recurrent neural network.
 
     .. math:: z_t \sim N(\mu(h_{t-1}), \sigma^2(h_{t-1})), \qquad x_t \sim g(\varphi_z(z_t), h_{t-1}), \qquad
@@ -41,6 +41,7 @@ class VRNN(SequentialModel):
 
     def __init__(self, observed: int, latent: int = 64, hidden: int = 128, emission: str = "bernoulli", name: str = ""):
         super().__init__(name)
+        require_sizes(observed=observed, latent=latent, hidden=hidden)
         self.sizes = (observed, latent, hidden)
         self.h_0 = nn.Parameter(torch.zeros(hidden))
         self.prior = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), NormalHead(hidden, latent))
