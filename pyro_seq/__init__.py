@@ -7,6 +7,7 @@ from pyro_seq.from_pyro import from_pyro
 from pyro_seq.guide import PriorGuide, SequentialGuide
 from pyro_seq.guides.avf import AmortizedVariationalFilter
 from pyro_seq.guides.recurrent import FilteringGuide, SmoothingGuide
+from pyro_seq.infer.by_step import elbo_by_step, reconstruct
 from pyro_seq.infer.compare import compare
 from pyro_seq.infer.elbo import SequentialELBO
 from pyro_seq.infer.kalman import KalmanFilter
@@ -31,10 +32,12 @@ __all__ = [
     "StateSpaceModel",
     "Variational",
     "compare",
+    "elbo_by_step",
     "evaluate",
     "fit",
     "flows",
     "from_pyro",
+    "reconstruct",
     "restore",
 ]
 

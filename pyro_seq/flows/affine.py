@@ -111,7 +111,7 @@ class AffineTemporalAutoregressive(TransformModule):
 
         :param x: data as accepted by :meth:`pyro_seq.Sequences.of`, complete.
         :param lengths: ``(B,)`` integers.
-        :returns: ``(y, log_det)``: ``(B, T, D)``, zero past a sequence's end; and ``(B,)``, log |dy/dx|, to which padding
+        :returns: ``(y, log_det)``: ``(B, T, D)``, zero past a sequence's end; and ``(B,)``, ``log |dy/dx|``, to which padding
             contributes nothing.
         :raises ValueError: on missing values or frames of another shape.
         """

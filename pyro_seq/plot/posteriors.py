@@ -1,4 +1,4 @@
-"""Figures."""
+"""Posteriors over time, and the log evidences of several methods."""
 
 from __future__ import annotations
 
@@ -8,17 +8,12 @@ from typing import Any
 import numpy as np
 
 from pyro_seq.infer.posterior import EXACT, Posterior
+from pyro_seq.plot.axes import new_axes
 
 __all__ = ["plot_comparison", "plot_posterior"]
 
 _BAND = 1.6449  # standard deviations of a 90 % interval
 _STYLES = ("--", "-", "-.")
-
-
-def _axes(ax: Any, *shape: int, **options: Any) -> Any:
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(*shape, layout="constrained", **options)[1] if ax is None else ax
 
 
 def _line(posterior: Posterior, site: str | None, sequence: int) -> tuple[str, str, np.ndarray, np.ndarray, np.ndarray]:
@@ -47,7 +42,7 @@ def plot_posterior(posterior: Posterior, site: str | None = None, sequence: int 
     :param sequence: index in the batch.
     :returns: the matplotlib axes.
     """
-    ax = _axes(ax)
+    ax = new_axes(ax)
     site, what, times, mean, std = _line(posterior, site, sequence)
     _data(ax, posterior, sequence, mean)
     ax.plot(times, mean, color="C0", label=f"{what} mean of {site}")
@@ -68,7 +63,7 @@ def plot_comparison(posteriors: Mapping[str, Posterior], site: str | None = None
     :param axes: two matplotlib axes; new ones by default.
     :returns: the two matplotlib axes.
     """
-    axes = _axes(axes, 1, 2, figsize=(11, 4.5), width_ratios=(5, 2))
+    axes = new_axes(axes, 1, 2, figsize=(11, 4.5), width_ratios=(5, 2))
     _estimates(axes[0], posteriors, site, sequence)
     _evidences(axes[1], posteriors)
     return axes
