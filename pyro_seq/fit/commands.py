@@ -104,6 +104,8 @@ def _fit(given: argparse.Namespace) -> int:
                 "guide_options": given.guide_option, "training": {name: getattr(given, name) for name in _TRAINING}}
     settings = json.loads(json.dumps(settings))  # as they will be read again: a tuple is a list there
     folder = given.output or Path("runs") / f"{Path(given.data).name}-{given.model}-{given.guide}"
+    if given.device == "cuda" and "LOCAL_RANK" in os.environ:  # each process that torchrun starts has a GPU of its own
+        given.device = f"cuda:{os.environ['LOCAL_RANK']}"
     with launched(torch.device(given.device)):
         data = _load(given.data)  # before the folder is made: a name may be misspelt
         _claim(folder, settings)
