@@ -85,10 +85,9 @@ class Weights(dict):
         return (1 - u) * np.tanh(n + r * nh) + u * h
 
     def gated_residual(self, features, loc, scale):
-        hidden = np.tanh(self.linear("head.hidden", np.concatenate([features, loc, np.log(scale)])))
-        own_loc, own_log, gate, gate_scale = np.split(self.linear("head.linear", hidden), 4)
-        gate, gate_scale = sigmoid(gate + 4), sigmoid(gate_scale + 4)
-        return (1 - gate) * loc + gate * own_loc, np.exp((1 - gate_scale) * np.log(scale) + gate_scale * own_log)
+        own_loc, own_scale = self.halves("head.own.linear", features)
+        gate, gate_scale = np.split(sigmoid(self.linear("head.gate", features)), 2)
+        return (1 - gate) * loc + gate * own_loc, scale ** (1 - gate_scale) * own_scale**gate_scale
 
 
 def dmm_prior(w, z, x):
