@@ -753,7 +753,8 @@ def test_a_process_that_is_killed_goes_on_to_the_same_numbers(folder):
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_on_bach(data_dir, tmp_path):
+def test_a_process_that_is_killed_on_bach(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYRO_SEQ_DATA", str(data_dir))
     kill_and_compare(tmp_path, ["--model", "srnn", "--model-option", "latent=4", "--model-option", "hidden=8", "--epochs", "3",
                                 "--window", "40"], [0.7, 1.9])
 
