@@ -137,7 +137,7 @@ def table(results: Path, times: Path) -> pd.DataFrame:
     parts = parts.sort_values(["data", "model", "budget", "order"], ascending=[True, True, False, True])
 
     def spread(mean: float, deviation: float) -> str:
-        return "" if pd.isna(mean) else f"{mean:.3f}" + ("" if pd.isna(deviation) else f" ± {deviation:.3f}")
+        return "" if pd.isna(mean) else f"{mean:.3f}" + ("" if pd.isna(deviation) else f"\u00a0±\u00a0{deviation:.3f}")
 
     return pd.DataFrame({
         "data": parts["data"], "model": parts["model"], "equal": parts["budget"], "guide": parts["guide"],
