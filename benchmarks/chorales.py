@@ -182,14 +182,22 @@ def main() -> None:
                     if options.budget == "time":
                         cost = pd.read_csv(times).set_index(["model", "guide"])["seconds per epoch"][model_name]
                         epochs = max(1, round(epochs * cost["own"] / cost[guide_name]))
-                    _add(options.output, run(key, data, epochs, options.folder))
+                    same = key | {"budget": "updates"}
+                    if epochs == EPOCHS[options.data] and _has(options.output, same):  # it would be the same run
+                        _add(options.output, _row(options.output, same) | key)
+                    else:
+                        _add(options.output, run(key, data, epochs, options.folder))
 
 
 def _has(path: Path, key: dict[str, Any]) -> bool:
-    if not path.exists():
-        return False
+    return path.exists() and _row(path, key) is not None
+
+
+def _row(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
+    """The last row of the table with these values."""
     table = pd.read_csv(path)
-    return bool((table[list(key)] == pd.Series(key)).all(axis=1).any())
+    rows = table[(table[list(key)] == pd.Series(key)).all(axis=1)]
+    return None if rows.empty else rows.iloc[-1].to_dict()
 
 
 def _add(path: Path, row: dict[str, Any]) -> None:

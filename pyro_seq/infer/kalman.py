@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_seq.engine.state import State, leaves, map_state
-from pyro_seq.infer.linear import LinearStep, linearise
+from pyro_seq.infer.gaussian import Backward, Carry, Forward, Joint
+from pyro_seq.infer.linear import LinearStep, linearise, linearise_later
 from pyro_seq.infer.posterior import EXACT, Moments, Posterior
 from pyro_seq.infer.run import Stopwatch, entered
+from pyro_seq.infer.scan import scan_evidence
 from pyro_seq.module import require_model
 from pyro_seq.sequences import Sequences
 
-__all__ = ["KalmanFilter"]
+__all__ = ["GaussianPosterior", "KalmanFilter", "KalmanStream"]
+
+
+@dataclass(frozen=True, repr=False)
+class GaussianPosterior(Posterior):
+    """A posterior with whole covariances; each site's entries are flattened to ``W``."""
+
+    filtered_covariance: Mapping[str, Tensor] = field(default_factory=dict)
+    """``(B, T, W, W)`` of z_t given x_1..x_t."""
+    smoothed_covariance: Mapping[str, Tensor] = field(default_factory=dict)
+    """``(B, T, W, W)`` of z_t given all of x."""
+    lag_one_covariance: Mapping[str, Tensor] = field(default_factory=dict)
+    """``(B, T - 1, W, W)`` of z_t with z_{t+1} given all of x."""
+    joints: tuple[tuple[LinearStep, Joint], ...] = field(default=(), repr=False)
+    """The steps of the first frame and of the later ones, with the moments of (state before, latents, data) at each."""
 
 
 class KalmanFilter:
@@ -23,14 +41,23 @@ class KalmanFilter:
 
     The declared step is inspected: if it is found linear-Gaussian at the points tested (the posterior's ``notes`` say
     so) its matrices are read off; if not, the error names the site. Covariates, time-varying matrices, several sites,
-    states made of several tensors, autoregression, ragged batches and missing entries are all within reach. Everything
-    is computed in float64, whatever the model's dtype.
+    states made of several tensors, autoregression, ragged batches, missing entries and singular noise (``Delta``) are all
+    within reach.
+
+    A latent of the first step that is ``dist.ImproperUniform(constraints.real, (), shape)`` is *exactly diffuse*: the
+    evidence is the limit for a prior variance :math:`\kappa \to \infty` of the evidence times :math:`(\sqrt\kappa)^d`, the
+    diffuse likelihood of Durbin and Koopman (2012, section 7.2.2) and of statsmodels.
 
     :param model: a declared model.
     :param bool assume_linear: take the user's word that the step is linear, and use its matrices at zero.
+    :param dtype: of the recursions. In ``torch.float32`` covariances are carried as square roots, which stay positive over
+        any number of steps.
+    :param bool parallel: compute :meth:`log_evidence` by a parallel scan over time, through ``pyro.ops.gaussian``: fast for
+        long series on a GPU. It needs noise of full rank and a proper first state.
 
     Source: Kalman, *A New Approach to Linear Filtering and Prediction Problems*, 1960; Rauch, Tung and Striebel,
-    *Maximum likelihood estimates of linear dynamic systems*, 1965.
+    *Maximum likelihood estimates of linear dynamic systems*, 1965; Durbin and Koopman, *Time Series Analysis by State Space
+    Methods*, 2012.
 
     Example::
 
@@ -46,15 +73,19 @@ class KalmanFilter:
         >>> posterior = seq.KalmanFilter(Level()).run(torch.tensor([1.0, 2.0, float("nan")]))
         >>> posterior.filtered["z"].mean
         tensor([[0.5000, 1.4000, 1.4000]])
+        >>> posterior.lag_one_covariance["z"].shape
+        torch.Size([1, 2, 1, 1])
     """
 
-    def __init__(self, model: Any, *, assume_linear: bool = False):
+    def __init__(self, model: Any, *, assume_linear: bool = False, dtype: torch.dtype = torch.float64, parallel: bool = False):
         require_model(model, "KalmanFilter")
         if model.state_grows:
             raise TypeError("a model from seq.from_pyro has no Markov state to filter: declare it as a StateSpaceModel")
-        self.model, self.assume_linear = model, assume_linear
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"dtype={dtype}; a Kalman filter runs in torch.float64 or torch.float32")
+        self.model, self.assume_linear, self.dtype, self.parallel = model, assume_linear, dtype, parallel
 
-    def run(self, x: Any, lengths: Any = None, *, mask: Any = None, **covariates: Any) -> Posterior:
+    def run(self, x: Any, lengths: Any = None, *, mask: Any = None, **covariates: Any) -> GaussianPosterior:
         """Filter and smooth a batch; the arguments are those of :class:`~pyro_seq.ParticleFilter`.
 
         :raises ValueError: if the step is not linear-Gaussian, naming the site.
@@ -64,32 +95,84 @@ class KalmanFilter:
         self.model.check_inputs(sequences)
         return entered(self.model, None, sequences, lambda values: self._run(sequences, values, watch))
 
-    def _run(self, sequences: Sequences, parameters: dict[str, Tensor], watch: Stopwatch) -> Posterior:
+    def log_evidence(self, x: Any, lengths: Any = None, *, mask: Any = None, **covariates: Any) -> Tensor:
+        """``(B,)`` log evidence, with its gradient in the model's parameters: for learning.
+
+        Example::
+
+            >>> import torch, pyro, pyro.distributions as dist
+            >>> import pyro_seq as seq
+            >>> class Level(seq.StateSpaceModel):
+            ...     def __init__(self):
+            ...         super().__init__()
+            ...         self.log_scale = torch.nn.Parameter(torch.tensor(0.0))
+            ...     def initial(self):
+            ...         return pyro.sample("z", dist.Normal(0.0, 1.0))
+            ...     def transition(self, z):
+            ...         return pyro.sample("z", dist.Normal(z, self.log_scale.exp()))
+            ...     def emission(self, z, x=None):
+            ...         return pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            >>> model = Level()
+            >>> seq.KalmanFilter(model).log_evidence(torch.zeros(1, 50)).sum().backward()
+            >>> model.log_scale.grad < 0
+            tensor(True)
+        """
+        sequences = Sequences.of(x, lengths, mask=mask, covariates=covariates)
+        self.model.check_inputs(sequences)
+        return entered(self.model, None, sequences, lambda _: self._evidence(sequences), gradients=torch.is_grad_enabled())
+
+    def stream(self, num_sequences: int = 1) -> KalmanStream:
+        """A filter for data as it comes, in constant memory."""
+        return KalmanStream(self, num_sequences)
+
+    def _evidence(self, sequences: Sequences) -> Tensor:
+        if self.parallel:
+            first, later = linearise(self.model, sequences, check=not self.assume_linear)
+            found = scan_evidence(first, later, _observations(sequences, self.dtype),
+                                  _initial_state(self.model, sequences).to(self.dtype))
+        else:
+            found = self._forward(sequences, alone=False)[2].evidence()
+        return found.to(next(iter(sequences.x.values())).dtype)
+
+    def _forward(self, sequences: Sequences, alone: bool) -> tuple[LinearStep, LinearStep | None, Forward]:
         first, later = linearise(self.model, sequences, check=not self.assume_linear)
-        start = self.model.begin(sequences.frame(1))
-        flat = [leaf.double().reshape(sequences.num_sequences, -1) for leaf in leaves(start)]
-        initial = torch.cat(flat, -1) if flat else torch.zeros(
-            sequences.num_sequences, 0, dtype=torch.float64, device=sequences.device)
-        data = _observations(sequences)
-        passes = _Passes(first, later, data, initial)
-        evidence = passes.filter()
-        like = next(v for v in sequences.x.values())
-        note = "assumed linear by the user" if self.assume_linear else "found linear-Gaussian at the points tested"
-        active = sequences.active
+        start = _initial_state(self.model, sequences).to(self.dtype)
+        carry = Carry.start(start, first.diffuse.shape[-1])
+        data = _observations(sequences, self.dtype)
+        return first, later, Forward(first, later, data, sequences.active, carry, alone)
 
-        def moments(mean: list[Tensor], covariance: list[Tensor]) -> dict[str, Moments]:
-            out = {}
-            for name, (_, shape) in first.latents.items():
-                inside = active.reshape(*active.shape, *(1,) * len(shape))
-                where = [(first if t == 0 else later).latents[name][0] for t in range(len(mean))]
-                found = (torch.stack([m[..., w] for m, w in zip(mean, where, strict=True)], 1), torch.stack(
-                    [c.diagonal(dim1=-2, dim2=-1)[..., w] for c, w in zip(covariance, where, strict=True)], 1))
-                out[name] = Moments(*(torch.where(inside, v.reshape(*v.shape[:2], *shape), 0.0).to(like.dtype)
-                                      for v in found))
-            return out
+    def _run(self, sequences: Sequences, parameters: dict[str, Tensor], watch: Stopwatch) -> GaussianPosterior:
+        first, later, forward = self._forward(sequences, alone=True)
+        backward = Backward(forward)
+        joints = backward.moments()
+        steps = [stretch.step for stretch in forward.stretches]
+        like = next(iter(sequences.x.values()))
+        active, batch = sequences.active, sequences.num_sequences
+        where = {name: [step.latents[name][0] for step in steps] for name in first.latents}
 
-        filtered, smoothed = moments(passes.means, passes.covariances), moments(*passes.smooth())
-        by_step = torch.where(active, torch.stack(passes.evidences, 1), 0.0)
+        def inside(value: Tensor, shape: tuple[int, ...]) -> Tensor:
+            """``(T, B or 1, ...)`` to ``(B, T, *shape)``, zero past the ends."""
+            value = value.transpose(0, 1).expand(batch, -1, *value.shape[2:]).reshape(batch, -1, *shape)
+            return torch.where(active[:, :value.shape[1]].reshape(batch, -1, *(1,) * len(shape)), value, 0.0).to(like.dtype)
+
+        filtered, smoothed, filtered_covariance, smoothed_covariance, lag_one = {}, {}, {}, {}, {}
+        for name, (_, shape) in first.latents.items():
+            at, width = where[name], shape.numel()
+            for kind, found, whole in (("filtered", filtered, filtered_covariance),
+                                       ("smoothed", smoothed, smoothed_covariance)):
+                means = torch.cat([getattr(j, f"{kind}_mean")[..., w] for j, w in zip(joints, at, strict=True)])
+                covariances = torch.cat([getattr(j, f"{kind}_covariance")[..., w[:, None], w]
+                                         for j, w in zip(joints, at, strict=True)])
+                found[name] = Moments(inside(means, shape),
+                                      inside(covariances.diagonal(dim1=-2, dim2=-1), shape))
+                whole[name] = inside(covariances, (width, width))
+            following = backward.lag_one(at)
+            lag_one[name] = inside(torch.cat([following, following.new_zeros(1, *following.shape[1:])]),
+                                   (width, width))[:, :sequences.num_steps - 1]
+            ends = active[:, 1:, None, None]
+            lag_one[name] = torch.where(ends, lag_one[name], 0.0)
+        evidence = forward.evidence_by_step()
+        total = forward.evidence().to(like.dtype)
 
         def quantile(site: str, q: float | list[float]) -> Tensor:
             levels = torch.as_tensor(q, dtype=torch.double, device=sequences.device)
@@ -97,113 +180,125 @@ class KalmanFilter:
             units = math.sqrt(2) * torch.erfinv(2 * levels - 1).to(found.mean)
             return found.mean + found.std * units.reshape(levels.shape + (1,) * found.mean.dim())
 
-        return Posterior(
-            method="Kalman filter", kind=EXACT, log_evidence=evidence, standard_error=torch.zeros_like(evidence),
-            sequences=sequences, seconds=watch.seconds,
-            filtered=filtered, smoothed=smoothed, parameters=parameters, log_evidence_by_step=by_step, cloud=quantile,
-            notes=(note,), final_state=passes.final_state(sequences.lengths, first.template), model=self.model)
+        def paths(num_samples: int) -> dict[str, Tensor]:
+            drawn = backward.draw(num_samples)
+            return {name: torch.stack([inside(values, shape) for values in torch.cat(
+                [d[..., w] for d, w in zip(drawn, where[name], strict=True)]).unbind(2)])
+                for name, (_, shape) in first.latents.items()}
+
+        note = "assumed linear by the user" if self.assume_linear else "found linear-Gaussian at the points tested"
+        return GaussianPosterior(
+            method="Kalman filter", kind=EXACT, log_evidence=total, standard_error=torch.zeros_like(total),
+            sequences=sequences, seconds=watch.seconds, filtered=filtered, smoothed=smoothed, parameters=parameters,
+            log_evidence_by_step=evidence.to(like.dtype), cloud=quantile, paths=paths, notes=(note,),
+            final_state=_final_state(forward, first.template), model=self.model,
+            filtered_covariance=filtered_covariance, smoothed_covariance=smoothed_covariance, lag_one_covariance=lag_one,
+            joints=tuple(zip(steps, joints, strict=True)))
 
 
-def _observations(sequences: Sequences) -> Tensor:
-    """``(B, T, D)`` float64, NaN where missing or past the end."""
-    flat = torch.cat([v[:, :sequences.num_steps].double().reshape(*sequences.active.shape, -1)
+class Update(NamedTuple):
+    """What a stretch of new frames has told."""
+
+    log_evidence: Tensor
+    """``(B, n)`` log predictive density of each new frame given all before it."""
+    mean: Tensor
+    """``(B, S)`` of the carried state, its entries flattened, given all data so far."""
+    covariance: Tensor
+    """``(B, S, S)``"""
+
+
+class KalmanStream:
+    """A Kalman filter that is given its data piece by piece, and keeps nothing but the state.
+
+    Made by :meth:`KalmanFilter.stream`.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> import pyro_seq as seq
+        >>> class Level(seq.StateSpaceModel):
+        ...     def initial(self):
+        ...         return pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     def transition(self, z):
+        ...         return pyro.sample("z", dist.Normal(z, 1.0))
+        ...     def emission(self, z, x=None):
+        ...         return pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> stream = seq.KalmanFilter(Level()).stream()
+        >>> for _ in range(3):
+        ...     update = stream.update(torch.ones(1, 100))
+        >>> stream.num_steps, update.mean.shape
+        (300, torch.Size([1, 1]))
+    """
+
+    def __init__(self, method: KalmanFilter, num_sequences: int):
+        self.method, self.num_sequences = method, num_sequences
+        self.num_steps = 0
+        self.log_evidence: Tensor | None = None
+        """``(B,)`` of all data so far."""
+        self._carry: Carry | None = None
+        self._step: LinearStep | None = None
+
+    def update(self, x: Any, *, mask: Any = None, **covariates: Any) -> Update:
+        """Take ``n >= 1`` new frames of every sequence.
+
+        :param x: ``(B, n, ...)``, NaN where missing, as accepted by :meth:`pyro_seq.Sequences.of`.
+        """
+        sequences = Sequences.of(x, mask=mask, covariates=covariates)
+        if sequences.num_sequences != self.num_sequences or not bool(sequences.active.all()):
+            raise ValueError(f"the stream has {self.num_sequences} sequences and was given {sequences}: each takes the same "
+                             "number of new frames, NaN where one has none")
+        model = self.method.model
+        model.check_inputs(sequences)
+        return entered(model, None, sequences, lambda _: self._update(sequences))
+
+    def _update(self, sequences: Sequences) -> Update:
+        method, check, first, later = self.method, not self.method.assume_linear, None, None
+        count = sequences.num_steps
+        if self._carry is None:
+            first, later = linearise(method.model, sequences, check)
+            start = _initial_state(method.model, sequences).to(method.dtype)
+            self._carry, self._step = Carry.start(start, first.diffuse.shape[-1]), later or first
+        else:
+            times = range(self.num_steps + 1, self.num_steps + count + 1)
+            later = linearise_later(method.model, sequences, self._step, times, check)
+        forward = Forward(first, later, _observations(sequences, method.dtype), sequences.active, self._carry, alone=True)
+        self._carry = forward.carried()
+        self.num_steps += count
+        found = forward.evidence_by_step()
+        self.log_evidence = found.sum(1) if self.log_evidence is None else self.log_evidence + found.sum(1)
+        return Update(found, *forward.last_state())
+
+
+def _initial_state(model: Any, sequences: Sequences) -> Tensor:
+    """``(B, S)``: the state before the first step, which is known."""
+    found = [leaf.double().reshape(sequences.num_sequences, -1) for leaf in leaves(model.begin(sequences.frame(1)))]
+    return torch.cat(found, -1) if found else torch.zeros(
+        sequences.num_sequences, 0, dtype=torch.float64, device=sequences.device)
+
+
+def _observations(sequences: Sequences, dtype: torch.dtype) -> Tensor:
+    """``(B, T, X)``, NaN where missing or past the end."""
+    flat = torch.cat([v[:, :sequences.num_steps].to(dtype).reshape(*sequences.active.shape, -1)
                       for v in sequences.x.values()], -1)
     return flat.masked_fill(~sequences.active[..., None], torch.nan)
 
 
-class _Passes:
-    """Forward and backward recursions over u_t = (state before t, latents at t, data at t)."""
+def _final_state(forward: Forward, template: State) -> Any:
+    """A sampler of the state after each sequence's last frame."""
+    mean, covariance = forward.last_state()
 
-    def __init__(self, first: LinearStep, later: LinearStep | None, data: Tensor, initial: Tensor):
-        self.first, self.later, self.data, self.initial = first, later, data, initial
-        self.means: list[Tensor] = []
-        self.evidences: list[Tensor] = []
-        self.covariances: list[Tensor] = []
-        self.next_means: list[Tensor] = []
-        self.next_covariances: list[Tensor] = []
+    def sample(num_samples: int) -> State:
+        values, vectors = torch.linalg.eigh(covariance)
+        root = vectors * values.clamp(min=0).sqrt()[:, None]
+        noise = torch.randn(len(mean), num_samples, mean.shape[-1], dtype=mean.dtype, device=mean.device)
+        flat = (mean[:, None] + noise @ root.mT).flatten(0, 1)
+        at = 0
 
-    def at(self, t: int) -> tuple[Tensor, ...]:
-        """Matrices of step ``t`` (from zero), each ``(B or 1, ...)``."""
-        step = self.first if t == 0 else self.later
-        i = 0 if t == 0 or step.carry.shape[0] == 1 else t - 1
-        return step.carry[i], step.drift[i], step.noise[i], step.next_matrix[i], step.next_offset[i]
+        def take(leaf: Tensor) -> Tensor:
+            nonlocal at
+            at += leaf.numel()
+            return flat[:, at - leaf.numel():at].to(leaf).reshape(len(flat), *leaf.shape[1:])
 
-    def filter(self) -> Tensor:
-        """``(B,)`` log evidence; keeps the filtered moments."""
-        mean = self.initial
-        covariance = mean.new_zeros(*mean.shape, mean.shape[-1])
-        total = mean.new_zeros(len(mean))
-        for t in range(self.data.shape[1]):
-            carry, drift, noise, next_matrix, next_offset = self.at(t)
-            u = (carry @ mean[..., None])[..., 0] + drift
-            p = carry @ covariance @ carry.transpose(-1, -2) + noise
-            u, p, evidence = _condition(u, p, (self.first if t == 0 else self.later).observed, self.data[:, t])
-            total = total + evidence
-            self.evidences.append(evidence)
-            mean = (next_matrix @ u[..., None])[..., 0] + next_offset
-            covariance = next_matrix @ p @ next_matrix.transpose(-1, -2)
-            self.means.append(u)
-            self.covariances.append(p)
-            self.next_means.append(mean)
-            self.next_covariances.append(covariance)
-        return total
+        return map_state(take, template)
 
-    def smooth(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Rauch-Tung-Striebel: means and covariances of every u given all data."""
-        means, covariances = [self.means[-1]], [self.covariances[-1]]
-        for t in reversed(range(self.data.shape[1] - 1)):
-            _, _, _, next_matrix, _ = self.at(t)
-            cross = self.covariances[t] @ next_matrix.transpose(-1, -2)
-            gain = cross @ torch.linalg.pinv(self.next_covariances[t], hermitian=True)
-            s = self.later.state_width
-            mean = self.means[t] + (gain @ (means[0][:, :s] - self.next_means[t])[..., None])[..., 0]
-            change = covariances[0][:, :s, :s] - self.next_covariances[t]
-            means.insert(0, mean)
-            covariances.insert(0, self.covariances[t] + gain @ change @ gain.transpose(-1, -2))
-        return means, covariances
-
-    def final_state(self, lengths: Tensor, template: State) -> Any:
-        """A sampler of the state after each sequence's last frame."""
-        row = torch.arange(len(lengths), device=lengths.device)
-        mean = torch.stack(self.next_means, 1)[row, lengths - 1]
-        covariance = torch.stack(self.next_covariances, 1)[row, lengths - 1]
-
-        def sample(num_samples: int) -> State:
-            values, vectors = torch.linalg.eigh(covariance)
-            root = vectors * values.clamp(min=0).sqrt()[:, None]
-            noise = torch.randn(len(mean), num_samples, mean.shape[-1], dtype=mean.dtype, device=mean.device)
-            flat = (mean[:, None] + noise @ root.transpose(-1, -2)).flatten(0, 1)
-            at = 0
-
-            def take(leaf: Tensor) -> Tensor:
-                nonlocal at
-                at += leaf.numel()
-                return flat[:, at - leaf.numel():at].to(leaf).reshape(len(flat), *leaf.shape[1:])
-
-            return map_state(take, template)
-
-        return sample
-
-
-def _condition(mean: Tensor, covariance: Tensor, where: slice, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Condition a joint Gaussian on some entries, NaN ones left out: new moments and the log density of the value.
-
-    In Joseph's form, which keeps the covariance positive.
-    """
-    present = ~value.isnan()
-    mean, covariance = mean.expand(len(value), -1), covariance.expand(len(value), -1, -1)
-    residual = torch.where(present, value - mean[:, where], 0.0)
-    identity = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
-    pick = identity[where]
-    pick = torch.where(present[..., None], pick, 0.0)
-    innovation = pick @ covariance @ pick.transpose(-1, -2) + torch.diag_embed((~present).double())
-    factor, failed = torch.linalg.cholesky_ex(innovation)
-    if failed.any():
-        raise ValueError("the data has a singular predictive covariance: some combination of its entries is predicted "
-                         "without noise; give the emission a positive scale")
-    gain = torch.cholesky_solve(pick @ covariance, factor).transpose(-1, -2)
-    whitened = torch.linalg.solve_triangular(factor, residual[..., None], upper=False)[..., 0]
-    log_density = -0.5 * (whitened.square().sum(-1) + math.log(2 * math.pi) * present.sum(-1)) - factor.diagonal(
-        dim1=-2, dim2=-1).log().sum(-1)
-    keep = identity - gain @ pick
-    return (mean + (gain @ residual[..., None])[..., 0], keep @ covariance @ keep.transpose(-1, -2), log_density)
+    return sample

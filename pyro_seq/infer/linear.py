@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
+from pyro.distributions import Delta, ImproperUniform
 from torch import Tensor
-from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
+from torch.distributions import Distribution, Independent, MultivariateNormal, Normal, constraints
 from torch.distributions.lowrank_multivariate_normal import LowRankMultivariateNormal
 
 from pyro_seq.engine.sites import StepSites
@@ -21,7 +22,7 @@ from pyro_seq.engine.state import State, leaves, map_state
 from pyro_seq.module import accepted
 from pyro_seq.sequences import Frame, Sequences
 
-__all__ = ["LinearStep", "linearise"]
+__all__ = ["LinearStep", "linearise", "linearise_later"]
 
 SCALES = (1e-3, 1.0, 30.0, 1e3, 1e6)
 _POINTS = 6
@@ -43,6 +44,8 @@ class LinearStep(NamedTuple):
     """``(..., D)``"""
     noise: Tensor
     """``(..., D, D)``: covariance of u given the state."""
+    diffuse: Tensor
+    """``(D, d)``: what the ``d`` entries of the first latents that have no distribution (ImproperUniform) add to u."""
     next_matrix: Tensor
     """``(..., S', D)``: next state = next_matrix @ u + next_offset."""
     next_offset: Tensor
@@ -52,7 +55,7 @@ class LinearStep(NamedTuple):
 
 
 def linearise(model: Any, sequences: Sequences, check: bool = True) -> tuple[LinearStep, LinearStep | None]:
-    """Matrices of the first step and of the later ones, in float64.
+    """Matrices of the first step and of the later ones, in float64, with their gradients.
 
     :param check: test linearity; otherwise the user's word is taken and the matrices are those at zero.
     :raises ValueError: naming the site that is not Gaussian, or not linear.
@@ -60,17 +63,25 @@ def linearise(model: Any, sequences: Sequences, check: bool = True) -> tuple[Lin
     first = _Probe(model, sequences, None, check).matrices()
     if sequences.num_steps == 1:
         return first, None
-    later = _Probe(model, sequences, first.template, check).matrices()
+    later = linearise_later(model, sequences, first, range(2, sequences.num_steps + 1), check)
     if set(first.latents) != set(later.latents):
         raise ValueError(f"{type(model).__name__} samples the latent sites {sorted(first.latents)} at the first step and "
                          f"{sorted(later.latents)} later: give them the same names")
     return first, later
 
 
+def linearise_later(model: Any, sequences: Sequences, before: LinearStep, times: range, check: bool = True) -> LinearStep:
+    """Matrices of the steps at some ``times``, which are those of the last frames of ``sequences``.
+
+    :param before: an earlier step, for the structure of its state.
+    """
+    return _Probe(model, sequences, before.template, check, times).matrices()
+
+
 class _Probe:
     """The runs of one step that reveal it. ``state`` is a row of the state it starts from, ``None`` at the start."""
 
-    def __init__(self, model: Any, sequences: Sequences, state: State, check: bool):
+    def __init__(self, model: Any, sequences: Sequences, state: State, check: bool, times: range = range(1, 2)):
         self.model, self.sequences, self.check, self.device = model, sequences, check, sequences.device
         self.first = state is None
         names: set[str] = set()
@@ -78,7 +89,7 @@ class _Probe:
             known, _, anything = accepted(method, positional)
             names |= known | (set(sequences.covariates) if anything else set())
         self.varies = bool(names & ({"t"} | set(sequences.covariates)))
-        times = range(1, 2) if self.first else range(2, sequences.num_steps + 1)
+        self.last = times[-1] if not self.first else sequences.num_steps
         if not self.varies:
             times = times[:1]
         self.times, self.batch = times, sequences.num_sequences if self.varies else 1
@@ -104,7 +115,8 @@ class _Probe:
         model = type(self.model).__name__
         points, tests = self._points()
         # Steps as large as the offsets, beside which a step of one would be lost in rounding.
-        found = self._run(points)
+        with torch.no_grad():
+            found = self._run(points)
         offsets = [mean[:, :, 0] for _, mean, _ in found["sites"].values()] + [found["next"][:, :, 0]]
         largest = torch.cat([v.flatten() for v in offsets]).abs().nan_to_num().max().clamp(1.0, 1e30)
         self.stride = 2.0 ** math.ceil(math.log2(largest))
@@ -118,6 +130,9 @@ class _Probe:
         noise = torch.zeros(*shape, d, d, dtype=torch.float64, device=self.device)
         tolerance = 1e-9 if self.dtype == torch.float64 else 2e-4
         for name, (where, mean, covariance) in out["sites"].items():
+            if self.check and not (mean[:, :, :head].isfinite().all() and covariance.isfinite().all()):
+                raise ValueError(f"the mean or covariance of site {name!r} of {model} is NaN or infinite: look for a parameter "
+                                 "that is, or a scale that overflows")
             base, directions = mean[:, :, 0], (mean[:, :, 1:head] - mean[:, :, :1]) / self.stride
             linear[:, :, where, :] = directions.transpose(-1, -2)
             drift[:, :, where] = base
@@ -135,10 +150,13 @@ class _Probe:
         self._require_causal(out["sites"], linear)
         # u = E_s state + L u + drift + noise, with L strictly lower triangular by blocks.
         solve = torch.linalg.inv(torch.eye(d, dtype=torch.float64, device=self.device) - linear)
+        flat = [where for name, (where, _, _) in out["sites"].items() if name in self.flat]
         return LinearStep(
             s, {name: (where, self.latents[name]) for name, (where, _, _) in out["sites"].items() if name in self.latents},
             slice(s + self.latent_width, d), solve[..., :s], (solve @ drift[..., None])[..., 0],
-            solve @ noise @ solve.transpose(-1, -2), directions.transpose(-1, -2), base, out["template"])
+            solve @ noise @ solve.transpose(-1, -2),
+            solve[0, 0][:, torch.cat(flat)] if flat else solve.new_zeros(d, 0), directions.transpose(-1, -2), base,
+            out["template"])
 
     def _require_causal(self, sites: dict[str, Any], linear: Tensor) -> None:
         """A site reads the state and the sites before it; data read ahead of its site would make no generative model."""
@@ -154,10 +172,11 @@ class _Probe:
     def _latent_sites(self) -> dict[str, torch.Size]:
         zero = torch.zeros(1, self.state_width + self.data_width, device=self.device)
         state, x = self._unflatten_state(zero[:, :self.state_width], 1), self._unflatten_data(zero, self.state_width, 1)
-        with StepSites(self._frame(1, x, repeat=False)) as step:
+        with StepSites(self._frame(1, x, repeat=False), proposal=self._draw) as step:
             self.model.apply(state, self._frame(1, x, repeat=False))
         for site in step.sites.values():
-            _require_gaussian(site.p, site.name, type(self.model).__name__)
+            _require_gaussian(site.p, site.name, type(self.model).__name__, flat=self.first and not site.observed)
+        self.flat = {name for name, site in step.sites.items() if isinstance(site.p, ImproperUniform)}
         observed = [site for site in step.sites.values() if site.observed]
         self.dtype = observed[0].value.dtype if observed else torch.get_default_dtype()
         sizes = [site.value[0].numel() for site in observed]
@@ -167,6 +186,10 @@ class _Probe:
                 f"frame and its data {sorted(self.x)} {self.data_width}: each entry of the data is observed once, with obs= in "
                 "pyro.sample")
         return {name: site.value.shape[1:] for name, site in step.latents.items()}
+
+    def _draw(self, name: str, p: Distribution) -> tuple[None, Tensor | None]:
+        """Latents come from the model; those without a distribution are put at zero."""
+        return None, torch.zeros(p.shape(), device=self.device) if isinstance(p, ImproperUniform) else None
 
     def _columns(self, name: str, value: Tensor) -> Tensor:
         """``(width,)``: the entries of u that an observed site holds. It observes the data itself, whole or in part."""
@@ -215,9 +238,9 @@ class _Probe:
             else:
                 where = torch.arange(start, start + width, device=self.device)
                 start += width
-            _require_gaussian(site.p, name, type(self.model).__name__)
-            covariance = _covariance(site.p).double()
-            sites[name] = (where, site.p.mean.double().reshape(*shape, width), covariance.reshape(*shape, width, width))
+            _require_gaussian(site.p, name, type(self.model).__name__, flat=self.first and not site.observed)
+            mean, covariance = _moments(site.p, self.device)
+            sites[name] = (where, mean.double().reshape(*shape, width), covariance.double().reshape(*shape, width, width))
         seen = torch.cat([where for name, (where, _, _) in sites.items() if name not in self.latents])
         if len(seen.unique()) < len(seen):
             raise ValueError(f"an entry of the data of {type(self.model).__name__} is observed twice in one step")
@@ -232,7 +255,8 @@ class _Probe:
         sequence = torch.arange(self.batch, device=self.device)[None, :, None].expand(
             len(self.times), self.batch, count).reshape(-1)
         t, sequence = (t, sequence) if repeat else (t[:1].expand(count), sequence[:1].expand(count))
-        covariates = {k: v[sequence, t - 1] for k, v in self.sequences.covariates.items()}
+        covariates = {k: v[sequence, t - 1 - self.last + self.sequences.num_steps]
+                      for k, v in self.sequences.covariates.items()}
         return Frame(t, count * blocks, x, covariates, False, sequence, False, {}, self.sequences.device)
 
     def _unflatten_state(self, flat: Tensor, rows: int) -> State:
@@ -268,25 +292,41 @@ class _Probe:
                 "KalmanFilter(model, assume_linear=True)")
 
 
-def _require_gaussian(fn: Distribution, name: str, model: str) -> None:
+def _require_gaussian(fn: Distribution, name: str, model: str, flat: bool = False) -> None:
+    """:param flat: whether a distribution without information will do as well."""
     base = fn
     while isinstance(base, Independent):
         base = base.base_dist
-    if not isinstance(base, (Normal, MultivariateNormal, LowRankMultivariateNormal)):
+    if isinstance(base, ImproperUniform) and flat and _is_real(base.support):
+        return
+    if isinstance(base, ImproperUniform):
+        raise ValueError(f"site {name!r} of {model} is ImproperUniform: only latents of the first step, without "
+                         "constraints, can be diffuse")
+    if not isinstance(base, (Normal, MultivariateNormal, LowRankMultivariateNormal, Delta)):
         raise ValueError(f"site {name!r} of {model} is {type(base).__name__}, not Gaussian: the Kalman filter is not exact "
                          "here. Use ParticleFilter or a guide")
 
 
-def _covariance(fn: Distribution) -> Tensor:
-    """``(rows, width, width)``"""
+def _is_real(support: constraints.Constraint) -> bool:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support is constraints.real or support is constraints.real_vector
+
+
+def _moments(fn: Distribution, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean ``(rows, ...)`` and covariance ``(rows, width, width)``."""
     rows = fn.batch_shape[0]
     base = fn
     while isinstance(base, Independent):
         base = base.base_dist
+    if isinstance(base, (Delta, ImproperUniform)):
+        mean = torch.zeros(fn.shape(), device=device) if isinstance(base, ImproperUniform) else base.v
+        width = mean[0].numel()
+        return mean, mean.new_zeros(rows, width, width)
     if isinstance(base, Normal):
-        return torch.diag_embed(fn.variance.reshape(rows, -1))
+        return fn.mean, torch.diag_embed(fn.variance.reshape(rows, -1))
     covariance = base.covariance_matrix
     if base.batch_shape == fn.batch_shape:
-        return covariance
+        return fn.mean, covariance
     blocks = covariance.reshape(rows, -1, *covariance.shape[-2:])
-    return torch.stack([torch.block_diag(*row) for row in blocks])
+    return fn.mean, torch.stack([torch.block_diag(*row) for row in blocks])
