@@ -431,7 +431,6 @@ def test_kalman_quantiles_and_steps():
     moments = posterior.filtered["z"]
     torch.testing.assert_close(found[1], moments.mean)
     torch.testing.assert_close(found[0], moments.mean - 1.959963984540054 * moments.std)
-    with pytest.raises(ValueError, match="Kalman filter has no trajectories.*ParticleFilter"):
-        posterior.trajectories(3)
+    assert posterior.trajectories(3).samples["z"].shape == (3, 2, 5)
     with pytest.raises(ValueError, match="no latent site 'w'"):
         posterior.quantile("w", 0.5)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
+from pyro.distributions import ImproperUniform
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
@@ -63,6 +64,9 @@ class Site(NamedTuple):
 
 def draw(fn: Distribution, name: str, frame: Frame) -> Tensor:
     """The one place where the engine uses random numbers for a site: reparameterised where ``fn`` can be."""
+    if isinstance(fn, ImproperUniform):
+        raise ValueError(f"site {name!r} is ImproperUniform, which says nothing of its values and cannot be drawn: give it a "
+                         "proper distribution, or use KalmanFilter, which takes the limit of no information")
     return sample(fn)
 
 
