@@ -176,6 +176,11 @@ class Sequences:
         return torch.arange(self.num_steps, device=self.device) < self.lengths[:, None]
 
     @cached_property
+    def largest(self) -> float:
+        """The largest absolute value of the data."""
+        return max((float((v.nan_to_num() if self.has_missing else v).abs().max()) for v in self.x.values()), default=0.0)
+
+    @cached_property
     def inside_support(self) -> set[tuple[str, type]]:
         """Data names and families whose support has been found to hold all of the data."""
         return set()

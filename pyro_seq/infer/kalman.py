@@ -278,9 +278,9 @@ def _initial_state(model: Any, sequences: Sequences) -> Tensor:
 
 def _observations(sequences: Sequences, dtype: torch.dtype) -> Tensor:
     """``(B, T, X)``, NaN where missing or past the end."""
-    flat = torch.cat([v[:, :sequences.num_steps].to(dtype).reshape(*sequences.active.shape, -1)
-                      for v in sequences.x.values()], -1)
-    return flat.masked_fill(~sequences.active[..., None], torch.nan)
+    parts = [v[:, :sequences.num_steps].to(dtype).reshape(*sequences.active.shape, -1) for v in sequences.x.values()]
+    flat = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    return flat if bool(sequences.active.all()) else flat.masked_fill(~sequences.active[..., None], torch.nan)
 
 
 def _final_state(forward: Forward, template: State) -> Any:

@@ -209,7 +209,7 @@ class _Probe:
         """Zero and one step along each coordinate; and the points to test at."""
         points = torch.eye(self.width + 1, dtype=torch.float64, device=self.device)[:, 1:]
         generator = torch.Generator("cpu").manual_seed(0)
-        scale = max(float(v.abs().nan_to_num().max()) for v in self.sequences.x.values()) or 1.0
+        scale = self.sequences.largest or 1.0
         tests = [s * torch.randn(_POINTS, self.width, generator=generator, dtype=torch.float64, device="cpu")
                  for s in (*SCALES, scale)]
         return points, torch.cat(tests).to(self.device)
