@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -436,7 +437,9 @@ def _continued(index: pd.Index, count: int) -> pd.Index | None:
     if isinstance(index, pd.PeriodIndex):
         return pd.period_range(index[-1], periods=count + 1)[1:]
     if isinstance(index, pd.DatetimeIndex):
-        step = index.freq or (pd.infer_freq(index) if len(index) > 2 else None)
+        with warnings.catch_warnings():  # of pandas, that what it returns, of either type, will be of the other
+            warnings.simplefilter("ignore")
+            step = index.freq or index.inferred_freq
         return None if step is None else pd.date_range(index[-1], periods=count + 1, freq=step)[1:]
     if not pd.api.types.is_numeric_dtype(index) or len(index) < 2 or len(steps := set(np.diff(index))) > 1:
         return None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_seq.engine.state import State
-from pyro_seq.infer.posterior import Posterior
+from pyro_seq.infer.posterior import Moments, Posterior
 from pyro_seq.infer.run import Stopwatch
 from pyro_seq.model import SequentialModel
 from pyro_seq.module import require_count
@@ -22,8 +22,9 @@ __all__ = ["Naive", "seasonal_errors"]
 class Naive:
     """The naive forecast: a random walk from the last value or, with a season, from the value a season ago.
 
-    Each sequence and entry walks with its own step, the root mean square of its past (seasonal) differences; gaps are bridged by
-    the value a season before. It is a yardstick for :func:`~pyro_seq.backtest` and has no evidence. Covariates are not read.
+    Each sequence and entry walks with its own step, the root mean square of its past (seasonal) differences. Gaps are bridged
+    by the value a season before, or by the mean where there is none. It is a yardstick for :func:`~pyro_seq.backtest` and has
+    no evidence; covariates are not read.
 
     :param int season: steps of a season; 1 for the plain random walk.
 
@@ -50,7 +51,7 @@ class Naive:
         """
         watch = Stopwatch()
         sequences = Sequences.of(x, lengths, mask=mask, covariates=covariates)
-        last, scale = {}, {}
+        last, scale, predictive = {}, {}, {}
         for name, value in observations(sequences).items():
             errors = seasonal_errors(value, self.season)
             scale[name] = errors.square().nanmean(1).sqrt()
@@ -58,7 +59,13 @@ class Naive:
                 bad = int(scale[name].isnan().nonzero()[0, 0])
                 raise ValueError(f"sequence {bad} of {name!r} has no two values {self.season} steps apart, so a naive forecast "
                                  "has no scale: start later, or take a shorter season")
-            last[name] = _last_season(value, sequences.lengths, self.season)
+            bridged = _bridged(value, self.season)
+            row = torch.arange(len(value), device=value.device)[:, None]
+            season = torch.arange(-self.season, 0, device=value.device)
+            last[name] = bridged[row, sequences.lengths[:, None] + season]
+            last[name] = torch.where(last[name].isnan(), value.nanmean(1, keepdim=True), last[name])
+            before = torch.cat([torch.full_like(value[:, :self.season], torch.nan), bridged[:, :-self.season]], 1)
+            predictive[name] = Moments(before, scale[name].square()[:, None].expand_as(before))
         state = {"last": last, "scale": scale}
 
         def final_state(num_samples: int) -> State:
@@ -68,16 +75,12 @@ class Naive:
         nothing = torch.full((sequences.num_sequences,), torch.nan, dtype=torch.float64, device=sequences.device)
         return Posterior(
             method="naive" if self.season == 1 else f"naive, season {self.season}", kind="none: a yardstick",
-            log_evidence=nothing, standard_error=nothing, sequences=sequences, seconds=watch.seconds, final_state=final_state,
-            model=_Walk(sequences))
+            log_evidence=nothing, standard_error=nothing, sequences=sequences, seconds=watch.seconds, predictive=predictive,
+            final_state=final_state, model=_Walk())
 
 
 class _Walk(SequentialModel):
     """Each value is that of a season ago plus noise. The state holds the last season and the noise's scale, by name."""
-
-    def __init__(self, sequences: Sequences):
-        super().__init__("naive")
-        self.accepted = {*sequences.x, *sequences.covariates}
 
     def step(self, state: State, **ignored: Tensor) -> State:
         last = {}
@@ -107,14 +110,9 @@ def seasonal_errors(value: Tensor, season: int) -> Tensor:
     return value[:, season:] - value[:, :-season]
 
 
-def _last_season(value: Tensor, lengths: Tensor, season: int) -> Tensor:
-    """``(B, season, ...)`` the last values of each sequence, gaps bridged by those of seasons before (at the start, after)."""
+def _bridged(value: Tensor, season: int) -> Tensor:
+    """Values ``(B, T, ...)`` with each gap filled by the value a season before, where there is one."""
     filled = value.clone()
-    steps = value.shape[1]
-    for t in range(season, steps):
+    for t in range(season, value.shape[1]):
         filled[:, t] = torch.where(filled[:, t].isnan(), filled[:, t - season], filled[:, t])
-    mean = value.flatten(1, 1).nanmean(1)
-    index = lengths[:, None] - season + torch.arange(season, device=lengths.device)
-    row = torch.arange(len(lengths), device=lengths.device)[:, None]
-    last = filled[row, index.clamp(min=0)]
-    return torch.where(last.isnan(), mean[:, None], last)
+    return filled

@@ -90,7 +90,7 @@ class Draws:
 
     def quantile(self, site: str, q: float | list[float]) -> Tensor:
         """``(B, H, ...)``, with a leading dimension if ``q`` is a list."""
-        value = self._of(site)
+        value = self._floating(site)
         _check_levels(q)
         return torch.as_tensor(np.quantile(value.cpu().numpy(), q, axis=0), dtype=value.dtype, device=value.device)
 

@@ -34,7 +34,7 @@ class Residuals(pd.DataFrame):
 
     @property
     def _constructor(self) -> Any:
-        return pd.DataFrame
+        return Residuals
 
     def diagnostics(self, lags: int | None = None) -> pd.DataFrame:
         """A row a sequence, site and entry, on the ``normal`` scale, where a right model gives independent standard normals.
@@ -57,7 +57,7 @@ class Residuals(pd.DataFrame):
         table.index = pd.MultiIndex.from_tuples(rows, names=["sequence", "site", "entry"])
         return table
 
-    def plot(self, site: str | None = None, sequence: int = 0, entry: int = 0, axes: Any = None) -> Any:  # type: ignore[override]
+    def plot_residuals(self, site: str | None = None, sequence: int = 0, entry: int = 0, axes: Any = None) -> Any:
         """Four panels, see :func:`pyro_seq.plot.plot_residuals`."""
         from pyro_seq.plot import plot_residuals
 
@@ -126,7 +126,7 @@ def _exact(posterior: Posterior) -> Iterator[pd.DataFrame]:
     for name, moments in posterior.predictive.items():
         value = sequences.x[name]
         present = sequences.observed.get(name, torch.ones_like(value, dtype=torch.bool)).clone()
-        present &= ~value.isnan()
+        present &= ~value.isnan() & ~moments.mean.isnan()
         present[~sequences.active] = False
         times = torch.arange(1, sequences.num_steps + 1, device=sequences.device).expand_as(sequences.active)
         rows = torch.arange(sequences.num_sequences, device=sequences.device)[:, None].expand_as(times)

@@ -17,8 +17,8 @@ _BAND = 1.96  # standard deviations of a 95 % interval
 
 def plot_residuals(residuals: Any, site: str | None = None, sequence: int = 0, entry: int = 0, axes: Any = None) -> Any:
     """Four panels: the errors over time, on the scale of a standard normal; the histogram of their probability integral
-    transforms, flat if the model is right; their autocorrelation; and their quantiles against the normal ones. Bands are of 95 %
-    for a right model.
+    transforms, flat if the model is right; their autocorrelation; and their quantiles against the normal ones. A right model
+    stays in the grey with 95 % probability at each point.
 
     :param residuals: what :meth:`Posterior.residuals` returned.
     :param site: the first by default.
@@ -40,15 +40,16 @@ def plot_residuals(residuals: Any, site: str | None = None, sequence: int = 0, e
         ...     def emission(self, z, x=None):
         ...         return pyro.sample("x", dist.Normal(z, 1.0), obs=x)
         >>> model = LocalLevel()
-        >>> axes = seq.KalmanFilter(model).run(model.simulate([50])["x"]).residuals(200).plot()
+        >>> axes = seq.KalmanFilter(model).run(model.simulate([50])["x"]).residuals(200).plot_residuals()
         >>> [ax.get_title() for ax in axes.flat]
         ['Errors', 'Probability integral transform', 'Autocorrelation', 'Quantiles']
     """
     site = residuals["site"].iloc[0] if site is None else site
     rows = residuals[(residuals["site"] == site) & (residuals["sequence"] == sequence) & (residuals["entry"] == entry)]
     if len(rows) < 3:
-        raise ValueError(f"{len(rows)} residuals of site {site!r}, sequence {sequence}, entry {entry}: at least 3 are drawn; there "
-                         f"are the sites {sorted(residuals['site'].unique())} and {residuals['sequence'].nunique()} sequences")
+        raise ValueError(f"{len(rows)} residuals of site {site!r}, sequence {sequence}, entry {entry}: at least 3 are drawn. "
+                         f"The sites are {sorted(residuals['site'].unique())}, the sequences "
+                         f"{sorted(residuals['sequence'].unique())}")
     axes = new_axes(axes, 2, 2, figsize=(9, 6))
     over_time, transform, serial, quantiles = require_axes(axes, 4)
     time, normal, count = rows["time"].to_numpy(), rows["normal"].to_numpy(), len(rows)
@@ -67,7 +68,8 @@ def plot_residuals(residuals: Any, site: str | None = None, sequence: int = 0, e
     serial.vlines(lags, 0, correlation)
     serial.plot(lags, correlation, "o", markersize=3.5)
     serial.axhline(0, color="0.3", linewidth=0.8)
-    serial.set(title="Autocorrelation", xlabel="lag", ylim=(min(-0.5, 1.1 * correlation.min()), max(0.5, 1.1 * correlation.max())))
+    serial.set(title="Autocorrelation", xlabel="lag", ylim=1.1 * np.array([correlation.min(initial=-0.4), correlation.max(
+        initial=0.4)]))
     serial.xaxis.get_major_locator().set_params(integer=True)
     rank = np.arange(1, count + 1)
     theory = stats.norm.ppf((rank - 0.5) / count)
