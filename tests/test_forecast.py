@@ -15,6 +15,7 @@ from models import VRNN, Driven, GammaRate, HiddenMarkov, LocalLevel, TwoSites, 
 from pyro.contrib.forecast.evaluate import eval_crps, eval_mae, eval_rmse
 from scipy import stats
 from statsmodels.stats.diagnostic import acorr_ljungbox
+from test_devices import elsewhere
 from test_exact import dense_joint
 
 import pyro_seq as seq
@@ -431,6 +432,23 @@ def test_diagnostics_are_those_of_statsmodels_and_scipy():
     assert table["ks_p"] == uniform(found["pit"]) and table["count"] == 60
 
 
+@pytest.mark.parametrize("make", [linear_gaussian, HiddenMarkov, VRNN], ids=lambda make: make.__name__)
+def test_nothing_is_made_on_the_default_device(make):
+    """As in test_devices: on the meta device nothing can be computed."""
+    model = make()
+    x = model.simulate([8] * 3)["x"]
+    x[0, 6] = torch.nan
+    data = seq.Sequences.of(x, [8, 7, 8])
+    methods = {"smc": seq.ParticleFilter(model, 10), "naive": seq.Naive()}
+    if make is linear_gaussian:
+        methods["kalman"] = seq.KalmanFilter(model)
+    with elsewhere():
+        assert len(seq.backtest(methods, data, horizon=2, first=5, num_samples=7)) > 0
+        posterior = methods["smc"].run(data)
+        assert posterior.residuals(20).diagnostics().notna().all(axis=None)
+        assert posterior.predict(2, 5).to_dataframe().notna().all(axis=None)
+
+
 # Figures.
 
 
@@ -500,7 +518,7 @@ def errors():
     (lambda: seq.Naive(season=0), ValueError, "season=0"),
     (lambda: seq.Naive(season=4).run(torch.randn(2, 6), [6, 4]), ValueError, "sequence 1 of 'x' has no two values 4 steps"),
     (lambda: dataclasses.replace(seq.Naive().run(torch.randn(2, 6)), predictive={}, model=None).residuals(), ValueError,
-     "naive says neither"),
+     "naive cannot tell what it expects"),
     (lambda: drawn().plot("y"), ValueError, "no site 'y'"),
     (lambda: drawn().plot(sequence=1), ValueError, "sequence=1: there are 1"),
     (lambda: drawn().plot(entry=1), ValueError, "entry=1: a frame of 'x' has 1"),

@@ -77,6 +77,7 @@ def one_step_ahead(posterior: Posterior, num_particles: int = 2000) -> Residuals
 
     :param int num_particles: draws of each frame, where they are needed.
     :returns: a data frame, a row an observed entry; missing ones have none.
+    :raises ValueError: for a model from :func:`~pyro_seq.from_pyro`, which runs on the data it was given.
 
     Source: Czado, Gneiting and Held, *Predictive model assessment for count data*, 2009; Dunn and Smyth, *Randomized quantile
     residuals*, 1996; Kim, Shephard and Chib, *Stochastic volatility: likelihood inference and comparison with ARCH models*,
@@ -105,9 +106,9 @@ def one_step_ahead(posterior: Posterior, num_particles: int = 2000) -> Residuals
     require_count("num_particles", num_particles, 2)
     if posterior.predictive:
         parts = list(_exact(posterior))
-    elif posterior.model is None:
-        raise ValueError(f"{posterior.method} says neither what it expects of the next frame nor which model it is of, so its "
-                         "errors cannot be told")
+    elif posterior.model is None or posterior.model.state_grows:
+        raise ValueError(f"{posterior.method} cannot tell what it expects of the next frame: it gives no predictive moments, "
+                         "and no model that can be run without data")
     else:
         model, sequences = posterior.model, posterior.sequences
         with torch.no_grad(), own_parameters(model):

@@ -10,7 +10,8 @@ import pandas as pd
 
 from pyro_seq.sequences import Sequences
 
-__all__ = ["finish", "named", "new_axes", "numbers", "one_entry", "require_axes", "time_axis"]
+__all__ = ["finish", "named", "new_axes", "numbers", "one_entry", "require_axes", "time_axis",
+           "time_ticks"]
 
 
 def new_axes(ax: Any, *shape: int, **options: Any) -> Any:
@@ -60,13 +61,20 @@ def time_axis(sequences: Sequences | None, sequence: int, times: np.ndarray) -> 
     return (labels.to_timestamp() if isinstance(labels, pd.PeriodIndex) else labels).to_numpy()
 
 
-def finish(ax: Any, names: Sequence[str]) -> None:
-    """An open frame, whole numbers below, and a legend where there is something to tell apart."""
-    from matplotlib.ticker import MaxNLocator
+def time_ticks(ax: Any) -> None:
+    """Whole numbers below, or dates that do not run into each other."""
+    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 
     locator = ax.xaxis.get_major_locator()
-    if isinstance(locator, MaxNLocator):  # not one of dates
+    if isinstance(locator, AutoDateLocator):
+        ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+    else:
         locator.set_params(integer=True)
+
+
+def finish(ax: Any, names: Sequence[str]) -> None:
+    """An open frame, time below, and a legend where there is something to tell apart."""
+    time_ticks(ax)
     ax.spines[["top", "right"]].set_visible(False)
     if any(names):
         ax.legend(frameon=False)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pyro_seq.infer.posterior import EXACT, Posterior
-from pyro_seq.plot.axes import new_axes, time_axis
+from pyro_seq.plot.axes import new_axes, time_axis, time_ticks
 
 __all__ = ["plot_comparison", "plot_posterior"]
 
@@ -52,6 +52,7 @@ def plot_posterior(posterior: Posterior, site: str | None = None, sequence: int 
     ax.plot(times, mean, color="C0", label=f"{what} mean of {site}")
     ax.fill_between(times, mean - _BAND * std, mean + _BAND * std, color="C0", alpha=0.2, linewidth=0, label="90 %")
     ax.set(xlabel="time", ylabel=site, title=f"{posterior.method}")
+    time_ticks(ax)
     ax.legend(frameon=False)
     return ax
 
@@ -85,6 +86,7 @@ def _estimates(ax: Any, posteriors: Mapping[str, Posterior], site: str | None, s
             ax.set(xlabel="time", title=f"Estimates of {site_here}")
         ax.plot(times, mean, color=f"C{i}", label=f"{name}, {what}", **style)
     ax.margins(x=0.01)
+    time_ticks(ax)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize="small", ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
 
