@@ -449,6 +449,19 @@ def test_nothing_is_made_on_the_default_device(make):
         assert posterior.predict(2, 5).to_dataframe().notna().all(axis=None)
 
 
+@pytest.mark.filterwarnings("ignore:a model from from_pyro")
+def test_a_function_that_runs_on_its_data_tells_no_errors():
+    def walk(x):
+        z = 0.0
+        with pyro.plate("series", len(x)):
+            for t in pyro.markov(range(x.shape[1])):
+                z = pyro.sample(f"z_{t}", dist.Normal(z, 0.5))
+                pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[:, t])
+
+    with pytest.raises(ValueError, match="no model that can be run without data"):
+        seq.ParticleFilter(seq.from_pyro(walk), 5).run(torch.zeros(2, 4)).residuals()
+
+
 # Figures.
 
 
