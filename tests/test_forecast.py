@@ -363,6 +363,13 @@ def test_residuals_of_exact_moments():
     np.testing.assert_allclose(one["normal"], one["residual"])
 
 
+def test_a_diffuse_start_has_no_residuals():
+    posterior = with_exact_moments(seq.KalmanFilter(level()).run(torch.randn(1, 5)))
+    moments = posterior.predictive["x"]
+    moments.variance[0, :2] = torch.inf
+    assert posterior.residuals()["time"].tolist() == [3, 4, 5]
+
+
 def test_residuals_by_particles_are_the_exact_ones():
     """4000 particles; filtered, they are worth at least 1000 draws (resampled at every step): 5 standard errors."""
     x = torch.randn(2, 8)

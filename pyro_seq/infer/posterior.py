@@ -150,8 +150,8 @@ class Posterior:
     ess: Tensor | None = None
     """``(B, T)`` effective sample size before resampling."""
     predictive: Mapping[str, Moments] = field(default_factory=dict)
-    """Of x_t given x_1..x_{t-1}, by name and in the shape of the data, where it is Gaussian and the method gives it:
-    :meth:`residuals` reads it."""
+    """Of x_t given x_1..x_{t-1}, by name and in the shape of the data, where it is Gaussian and the method gives it, not
+    finite where nothing is expected yet (a diffuse start): :meth:`residuals` reads it."""
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
     """The global parameters all this is conditional on."""
     notes: tuple[str, ...] = ()

@@ -127,7 +127,7 @@ def _exact(posterior: Posterior) -> Iterator[pd.DataFrame]:
     for name, moments in posterior.predictive.items():
         value = sequences.x[name]
         present = sequences.observed.get(name, torch.ones_like(value, dtype=torch.bool)).clone()
-        present &= ~value.isnan() & ~moments.mean.isnan()
+        present &= ~value.isnan() & moments.mean.isfinite() & moments.variance.isfinite()  # a diffuse start expects nothing
         present[~sequences.active] = False
         times = torch.arange(1, sequences.num_steps + 1, device=sequences.device).expand_as(sequences.active)
         rows = torch.arange(sequences.num_sequences, device=sequences.device)[:, None].expand_as(times)
