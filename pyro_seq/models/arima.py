@@ -13,7 +13,7 @@ from torch.distributions import biject_to, constraints
 from torch.nn.functional import conv1d, pad
 
 from pyro_seq.model import StateSpaceModel
-from pyro_seq.models.classical import Classical, require_order
+from pyro_seq.models.classical import WithRegression, require_order
 from pyro_seq.models.stationary import invertible, stationary, stationary_covariance
 from pyro_seq.module import require_count
 
@@ -22,7 +22,7 @@ __all__ = ["ARIMA"]
 _TRENDS = {"n": 0, "c": 1, "t": 1, "ct": 2}
 
 
-class ARIMA(Classical, StateSpaceModel):
+class ARIMA(WithRegression, StateSpaceModel):
     r"""ARIMA :math:`(p, d, q) \times (P, D, Q)_s`, the noise of a regression on covariates.
 
     With the lag operator :math:`L`,

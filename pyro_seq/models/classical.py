@@ -15,13 +15,13 @@ from pyro_seq.models.stationary import invertible, stationary
 from pyro_seq.module import require_count
 from pyro_seq.sequences import Sequences
 
-__all__ = ["Classical", "require_order"]
+__all__ = ["Classical", "WithRegression", "require_order"]
 
 _RANGES = {stationary: "stationary", invertible: "invertible"}
 
 
 class Classical:
-    """Of a model of scalar frames ``x`` ``(B, T)`` with named parameters, and a covariate ``u`` ``(B, T, num_covariates)``."""
+    """Of a model of scalar frames, ``x`` ``(B, T)``, with named parameters."""
 
     def declare(self, coefficients: Mapping[str, Any] | None,
                 parameters: Mapping[str, tuple[Any, constraints.Constraint]]) -> None:
@@ -48,6 +48,17 @@ class Classical:
                 raise ValueError(f"coefficients[{name!r}] = {value.tolist()} is not {_RANGES.get(constraint, constraint)}")
             setattr(self, name, PyroParam(value, constraint))
 
+    def check_inputs(self, sequences: Sequences) -> None:
+        super().check_inputs(sequences)
+        for key, value in sequences.x.items():
+            if value.dim() != 2:
+                raise ValueError(f"{key!r} has shape {tuple(value.shape)}; {type(self).__name__} has scalar frames, (B, T): "
+                                 "several series are several sequences of one batch")
+
+
+class WithRegression(Classical):
+    """Of a model with a diffuse start, and a covariate ``u`` ``(B, T, num_covariates)`` with coefficients ``regression``."""
+
     def start_at(self, initial: Mapping[str, Distribution] | None, sizes: Mapping[str, int | None]) -> None:
         """Keep the distributions of the first step's integrated sites, ``sizes`` being their entries (``None``: a scalar)."""
         given = dict(initial or {})
@@ -72,10 +83,6 @@ class Classical:
     def check_inputs(self, sequences: Sequences) -> None:
         super().check_inputs(sequences)
         name = type(self).__name__
-        for key, value in sequences.x.items():
-            if value.dim() != 2:
-                raise ValueError(f"{key!r} has shape {tuple(value.shape)}; {name} has scalar frames, (B, T): several series "
-                                 "are several sequences of one batch")
         width, u = len(self.regression), sequences.covariates.get("u")
         if width and u is None:
             raise ValueError(f"this {name} has num_covariates={width} and was given none: pass u=tensor (B, T, {width})")
