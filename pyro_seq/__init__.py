@@ -10,7 +10,7 @@ from pyro_seq.guides.recurrent import FilteringGuide, SmoothingGuide
 from pyro_seq.infer.by_step import elbo_by_step, reconstruct
 from pyro_seq.infer.compare import compare
 from pyro_seq.infer.elbo import SequentialELBO
-from pyro_seq.infer.kalman import KalmanFilter
+from pyro_seq.infer.kalman import GaussianPosterior, KalmanFilter
 from pyro_seq.infer.particle_filter import ParticleFilter
 from pyro_seq.infer.posterior import Posterior
 from pyro_seq.infer.variational import Variational
@@ -20,6 +20,7 @@ from pyro_seq.sequences import Sequences
 __all__ = [
     "AmortizedVariationalFilter",
     "FilteringGuide",
+    "GaussianPosterior",
     "KalmanFilter",
     "ParticleFilter",
     "Posterior",

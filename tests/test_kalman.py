@@ -325,14 +325,14 @@ def test_evidence_inside_a_program_uses_that_call():
     value = torch.tensor(0.7, requires_grad=True)
     with pyro.condition(data={"scale": value}):
         inside = model.within(lambda: seq.KalmanFilter(model).log_evidence(x))
-    torch.testing.assert_close(inside, seq.KalmanFilter(LocalLevel(0.0, 1.0, 0.7, 1.0)).log_evidence(x))
+    torch.testing.assert_close(inside, seq.KalmanFilter(LocalLevel(0.0, 1.0, 0.49, 1.0)).log_evidence(x))
     assert torch.autograd.grad(inside.sum(), value)[0] != 0
 
 
 # Single precision, long series, streams
 
 
-@pytest.mark.parametrize("gaps", [False, True])
+@pytest.mark.parametrize("gaps", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_single_precision_over_100_000_steps(gaps):
     """A trend whose slope hardly moves, seen through small noise: variances from 1e-3 to 1e2. The single-precision
     recursion stays positive, and agrees with the one in double precision as far as its digits go."""
@@ -354,7 +354,8 @@ class ProperTrend(seq.StateSpaceModel):
         return pyro.sample("z", dist.Normal(torch.zeros(2), 10.0).to_event(1))
 
     def transition(self, z):
-        return pyro.sample("z", dist.Normal(torch.stack([z[:, 0] + z[:, 1], z[:, 1]], -1), torch.tensor([0.5, 0.01])).to_event(1))
+        mean = torch.stack([z[:, 0] + z[:, 1], z[:, 1]], -1)
+        return pyro.sample("z", dist.Normal(mean, torch.tensor([0.5, 0.01])).to_event(1))
 
     def emission(self, z, x=None):
         return pyro.sample("x", dist.Normal(z[:, 0], 0.1), obs=x)
@@ -417,10 +418,8 @@ def test_a_parallel_scan_gives_the_same_evidence(gaps):
         x = gappy(3, 11, *shape, share=gaps)
         sequential = seq.KalmanFilter(model).log_evidence(x, [11, 1, 6], **inputs)
         torch.testing.assert_close(seq.KalmanFilter(model, parallel=True).log_evidence(x, [11, 1, 6], **inputs), sequential)
-    single = seq.KalmanFilter(LocalLevel(0.0, 1.0, 0.5))
-    x = gappy(2, 1)
-    x[torch.isnan(x)] = 0.5
-    torch.testing.assert_close(seq.KalmanFilter(LocalLevel(0.0, 1.0, 0.5), parallel=True).log_evidence(x), single.log_evidence(x))
+    model, x = LocalLevel(0.0, 1.0, 0.5), torch.randn(2, 1)
+    torch.testing.assert_close(seq.KalmanFilter(model, parallel=True).log_evidence(x), seq.KalmanFilter(model).log_evidence(x))
 
 
 class TwoEntries(seq.StateSpaceModel):

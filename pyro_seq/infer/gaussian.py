@@ -142,7 +142,7 @@ def _condition_root(matrix: Tensor, noise: Tensor, root: Tensor, present: Tensor
     lower = torch.linalg.qr(torch.cat([data, array[:, :after]], -2).mT, mode="r").R.mT
     width = present.shape[-1]
     factor = lower[:, :width, :width]
-    sign = torch.where(factor.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)[:, None]
+    sign = torch.where(factor.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(factor)[:, None]
     factor, cross = factor * sign, lower[:, width:, :width] * sign
     if not (factor.diagonal(dim1=-2, dim2=-1) > 0).all():
         _factor(torch.full_like(factor, torch.nan) if not factor.isfinite().all() else torch.zeros_like(factor))
@@ -289,11 +289,11 @@ class Forward:
     @cached_property
     def columns(self) -> Means:
         """What each diffuse coefficient adds to the means; ``residuals`` are what it takes from them, with a minus."""
-        flat = self.stretches[0].joint.flat
-        width = flat.shape[-1]
+        width, flat = self.num_diffuse, self.stretches[0].joint.flat.mT
+        flat = flat if len(flat) else flat.new_zeros(width, flat.shape[-1])  # of later frames
         zeros = self.data.new_zeros(len(self.data), self.gain.shape[1], width, self.data.shape[-1])
         present = self.present if self.gain.shape[1] > 1 else self.present.any(1, keepdim=True)
-        return self._filter(zeros, self.carry.columns.mT.expand(self.gain.shape[1], -1, -1), present[:, :, None], 0.0, flat.mT)
+        return self._filter(zeros, self.carry.columns.mT.expand(self.gain.shape[1], -1, -1), present[:, :, None], 0.0, flat)
 
     def _filter(self, data: Tensor, start: Tensor, present: Tensor, offsets: float, flat: Tensor | None = None) -> Means:
         before, residuals, after_all, value = [], [], [], start

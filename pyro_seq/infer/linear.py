@@ -118,7 +118,7 @@ class _Probe:
         with torch.no_grad():
             found = self._run(points)
         offsets = [mean[:, :, 0] for _, mean, _ in found["sites"].values()] + [found["next"][:, :, 0]]
-        largest = torch.cat([v.flatten() for v in offsets]).abs().nan_to_num().max().clamp(1.0, 1e30)
+        largest = torch.cat([v.detach().flatten() for v in offsets]).abs().nan_to_num().max().clamp(1.0, 1e30)
         self.stride = 2.0 ** math.ceil(math.log2(largest))
         points = points * self.stride
         out = self._run(torch.cat([points, tests]) if self.check else points)
