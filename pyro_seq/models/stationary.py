@@ -30,7 +30,7 @@ r"""Coefficients :math:`\theta`, ``(..., q)``, of invertible :math:`w_t = \varep
 class StationaryTransform(Transform):
     r"""Real vectors onto the coefficients of stationary autoregressions, one to one.
 
-    Each entry becomes a partial autocorrelation :math:`r_k = \tanh u_k`, and the Durbin-Levinson recursion makes
+    Each entry becomes a partial autocorrelation :math:`r_k = u_k / \sqrt{1 + u_k^2}`, and the Durbin-Levinson recursion makes
     coefficients of them,
 
     .. math:: \varphi^{(k)}_k = r_k, \qquad \varphi^{(k)}_j = \varphi^{(k-1)}_j - r_k \varphi^{(k-1)}_{k-j}
@@ -56,7 +56,7 @@ class StationaryTransform(Transform):
     __hash__ = Transform.__hash__
 
     def _call(self, u: Tensor) -> Tensor:
-        r = u.tanh()
+        r = _squash(u)
         found = r[..., :1]
         for k in range(1, r.shape[-1]):
             last = r[..., k:k + 1]
@@ -64,13 +64,14 @@ class StationaryTransform(Transform):
         return found
 
     def _inverse(self, coefficients: Tensor) -> Tensor:
-        return partial_autocorrelations(coefficients).atanh()
+        r = partial_autocorrelations(coefficients)
+        return r * (1 - r.square()).rsqrt()
 
     def log_abs_det_jacobian(self, u: Tensor, coefficients: Tensor) -> Tensor:
         # Step k multiplies k - 1 coefficients by 1 - r_k J, where J reverses them: its eigenvalues are 1 and -1 in turn.
-        r = u.tanh()
+        r = _squash(u)
         before = torch.arange(u.shape[-1], device=u.device)
-        return ((1 - r.square()).log() + (before + 1) // 2 * (-r).log1p() + before // 2 * r.log1p()).sum(-1)
+        return (-1.5 * u.square().log1p() + (before + 1) // 2 * (-r).log1p() + before // 2 * r.log1p()).sum(-1)
 
 
 class InvertibleTransform(StationaryTransform):
@@ -91,6 +92,11 @@ class InvertibleTransform(StationaryTransform):
 for _registry in (biject_to, transform_to):
     _registry.register(stationary, lambda _: StationaryTransform())
     _registry.register(invertible, lambda _: InvertibleTransform())
+
+
+def _squash(u: Tensor) -> Tensor:
+    """Onto (-1, 1), and slowly enough that rounding reaches the ends only at the ends of the real numbers that learning meets."""
+    return u * (1 + u.square()).rsqrt()
 
 
 def partial_autocorrelations(coefficients: Tensor) -> Tensor:
