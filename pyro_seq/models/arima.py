@@ -34,8 +34,8 @@ class ARIMA(WithRegression, StateSpaceModel):
 
     It is declared in its state-space form, so that gaps need no care. The frames are scalars, ``x`` ``(B, T)``. :math:`w_1`
     is at rest under the drift :math:`c + b`; the :math:`d + s D` levels before the first frame are exactly diffuse. Latent
-    sites: ``innovation``, :math:`\varepsilon_t`; ``level``, :math:`y_t`, which is the data where it is observed and fills its
-    gaps; ``arma``, what the past says of :math:`w_t, w_{t+1}, \ldots`; ``lags``, the levels before.
+    sites: ``innovation``, :math:`\varepsilon_t`; ``level``, :math:`y_t`, which fills the gaps of the data; ``arma``, what the
+    past adds to :math:`w_t`, its first entry, and to Harvey's state; ``lags``, the levels before.
 
     Parameters: ``ar``, ``ma``, ``seasonal_ar``, ``seasonal_ma``, which stay stationary and invertible; ``trend``;
     ``regression``; ``scale``, the standard deviation :math:`\sigma`. Each may be replaced by a prior, as in ``model.scale =
@@ -87,7 +87,7 @@ class ARIMA(WithRegression, StateSpaceModel):
             "scale": (1.0, constraints.positive)})
         self.num_lags = d + self.period * seasonal_d
         self.start_at(initial, {"lags": self.num_lags} if self.num_lags else {})
-        self.trends = trend
+        self.trends, self.num_covariates = trend, num_covariates
         difference = torch.ones(1)
         for step in [1] * d + [self.period] * seasonal_d:
             difference = _product(difference, pad(torch.tensor([-1.0]), (step, 0)) + pad(torch.tensor([1.0]), (0, step)))
@@ -102,27 +102,29 @@ class ARIMA(WithRegression, StateSpaceModel):
         mean = drift / (1 - ar.sum()) * ar.flip(0).cumsum(0).flip(0) + pad(drift[None], (0, len(ar) - 1))
         innovation = pyro.sample("innovation", dist.Normal(torch.zeros_like(self.scale), self.scale))
         arma = pyro.sample("arma", dist.MultivariateNormal(mean, _full_rank(covariance, noise)))
-        lags = pyro.sample("lags", self.starts["lags"]) if self.num_lags else arma[:, :0]
+        lags = pyro.sample("lags", self.starts["lags"]) if self.num_lags else None
         return self._arrive(innovation, arma, lags, torch.ones_like(innovation))
 
     def transition(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         ar, _ = self._harvey()
         arma, time = state["arma"], state["time"]
         moved = arma[:, :1] * ar + pad(arma[:, 1:], (0, 1)) + pad(self._drift(time)[:, None], (0, len(ar) - 1))
-        lags = torch.cat([state["level"][:, None], state["lags"]], -1)[:, :self.num_lags]
         innovation = pyro.sample("innovation", dist.Normal(torch.zeros_like(self.scale), self.scale))
         arma = pyro.sample("arma", dist.Delta(moved, event_dim=1))
+        lags = None
         if self.num_lags:
+            lags = torch.cat([state["level"][:, None], state["lags"][:, :-1]], -1)
             lags = pyro.sample("lags", dist.Delta(lags, event_dim=1))
         return self._arrive(innovation, arma, lags, time + 1)
 
     def emission(self, state: dict[str, Tensor], x: Tensor | None = None, u: Tensor | None = None) -> Tensor:
         return pyro.sample("x", dist.Delta(state["level"] + self.effect(u)), obs=x)
 
-    def _arrive(self, innovation: Tensor, arma: Tensor, lags: Tensor, time: Tensor) -> dict[str, Tensor]:
+    def _arrive(self, innovation: Tensor, arma: Tensor, lags: Tensor | None, time: Tensor) -> dict[str, Tensor]:
         arma = arma + innovation[:, None] * self._harvey()[1]
-        level = pyro.sample("level", dist.Delta(arma[:, 0] + lags @ self.differences))
-        return {"level": level, "arma": arma, "lags": lags, "time": time}
+        level = arma[:, 0] if lags is None else arma[:, 0] + lags @ self.differences
+        state = {"level": pyro.sample("level", dist.Delta(level)), "arma": arma, "time": time}
+        return state if lags is None else {**state, "lags": lags}
 
     def _harvey(self) -> tuple[Tensor, Tensor]:
         """The first column of the transition of the stationary part and the effect of an innovation on it, ``(r,)`` each."""

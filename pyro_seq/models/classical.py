@@ -59,6 +59,8 @@ class Classical:
 class WithRegression(Classical):
     """Of a model with a diffuse start, and a covariate ``u`` ``(B, T, num_covariates)`` with coefficients ``regression``."""
 
+    num_covariates: int
+
     def start_at(self, initial: Mapping[str, Distribution] | None, sizes: Mapping[str, int | None]) -> None:
         """Keep the distributions of the first step's integrated sites, ``sizes`` being their entries (``None``: a scalar)."""
         given = dict(initial or {})
@@ -83,7 +85,7 @@ class WithRegression(Classical):
     def check_inputs(self, sequences: Sequences) -> None:
         super().check_inputs(sequences)
         name = type(self).__name__
-        width, u = len(self.regression), sequences.covariates.get("u")
+        width, u = self.num_covariates, sequences.covariates.get("u")
         if width and u is None:
             raise ValueError(f"this {name} has num_covariates={width} and was given none: pass u=tensor (B, T, {width})")
         if u is not None and tuple(u.shape[2:]) != (width,):

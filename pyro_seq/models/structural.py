@@ -89,7 +89,7 @@ class StructuralModel(WithRegression, StateSpaceModel):
         if isinstance(fixed, str) or (unknown := sorted(set(fixed) - set(allowed))):
             raise ValueError(f"fixed={fixed if isinstance(fixed, str) else unknown!r}; it is a list of components, here of "
                              f"{allowed}")
-        self.fixed, self.season = frozenset(fixed), seasonal
+        self.fixed, self.season, self.num_covariates = frozenset(fixed), seasonal, num_covariates
         scales = {f"{c}_scale": (1.0, constraints.positive) for c in self.components if c not in fixed}
         wave = {"cycle_frequency": (2 * math.pi / cycle, constraints.interval(0.0, math.pi)),
                 "cycle_damping": (0.9, constraints.unit_interval)} if cycle else {}

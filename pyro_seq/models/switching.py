@@ -76,7 +76,8 @@ class MarkovSwitchingAutoregression(Classical, SequentialModel):
         k, p = self.sizes
         # Of each regime given the one before it, the oldest first; before the first step none is known.
         table = torch.cat([self._stationary().expand(1, k, k), self.transition.expand(p, k, k)])
-        return {"table": table.expand(rows, p + 1, k, k), "past": self.past.expand(rows, p)}
+        state = {"table": table.expand(rows, p + 1, k, k)}
+        return {**state, "past": self.past.expand(rows, p)} if p else state
 
     def step(self, state: dict[str, Tensor], t: Tensor, x: Tensor | None = None) -> dict[str, Tensor]:
         k, p = self.sizes
@@ -96,13 +97,11 @@ class MarkovSwitchingAutoregression(Classical, SequentialModel):
         scale = self.scale[regime] if self.scale.dim() else self.scale
         x = pyro.sample("x", dist.Normal(mean, scale), obs=x)
         # The regimes of the past are known from now on; the next one follows the last in the chain.
-        known = torch.stack(regimes[1:], -1) if p else regime[:, None]
-        table = one_hot(known, k).to(table)[:, :, None].expand(-1, -1, k, -1)
-        if p:
-            table = torch.cat([table, self.transition.expand(len(table), 1, k, k)], 1)
-        else:
-            table = table @ self.transition
-        return {"table": table, "past": torch.cat([x[:, None], state["past"]], -1)[:, :p]}
+        if not p:
+            return {"table": self.transition[regime][:, None, None].expand(-1, 1, k, k)}
+        certain = one_hot(torch.stack(regimes[1:], -1), k).to(self.transition)[:, :, None].expand(-1, -1, k, -1)
+        return {"table": torch.cat([certain, self.transition.expand(len(table), 1, k, k)], 1),
+                "past": torch.cat([x[:, None], state["past"]], -1)[:, :p]}
 
     def _stationary(self) -> Tensor:
         """``(K,)``: the distribution that the chain keeps."""
