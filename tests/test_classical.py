@@ -517,6 +517,20 @@ def test_switching_is_hamiltons(switching_ar, switching_scale, order):
     assert abs(found - other.loglike(np.array([named[name] for name in other.param_names]))) < 1e-9
 
 
+@pytest.mark.skipif(not hasattr(seq, "ForwardBackward"), reason="needs ForwardBackward")
+def test_business_cycle():
+    """Hamilton, 1989, table I: growth of real GNP, 1951 to 1984, order 4. The log likelihood is -181.26339."""
+    growth = np.array(pytest.importorskip("statsmodels.tsa.regime_switching.tests.test_markov_autoregression").rgnp)
+    stay, leave = 0.754673, 0.0959153
+    mean, scale, ar = [-0.3588127, 1.163517], math.exp(-0.262658), [0.013486, -0.0575211, -0.2469833, -0.2129214]
+    model = MarkovSwitchingAutoregression(2, 4, past=growth[3::-1].copy(), coefficients={
+        "mean": mean, "ar": ar, "scale": scale, "transition": [[stay, 1 - stay], [leave, 1 - leave]]})
+    posterior = seq.ForwardBackward(model).run(torch.tensor(growth[4:]))
+    assert abs(posterior.total_log_evidence + 181.26339) < 1e-5
+    other = MarkovAutoregression(growth, 2, 4, switching_ar=False).smooth(np.array([stay, leave, *mean, scale**2, *ar]))
+    close(posterior.smoothed["regime"].mean[0], other.smoothed_marginal_probabilities[:, 1], 1e-9)
+
+
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_switching_without_a_past(order):
     """The particle filter sums over the regimes at random, the test over all of them."""
