@@ -177,6 +177,8 @@ class Carry(NamedTuple):
 
 def _rows(values: Tensor, matrix: Tensor) -> Tensor:
     """``(T, B, n, I)`` times the transpose of ``(T or 1, B or 1, O, I)``: ``(T, B, n, O)``."""
+    if matrix.shape[-1] == 1:  # a product of numbers, for which matmul is slow
+        return values * matrix[..., 0][:, :, None]
     if matrix.shape[1] == 1:
         return (values.flatten(1, 2) @ matrix[:, 0].mT).unflatten(1, values.shape[1:3])
     return values @ matrix.mT
@@ -217,8 +219,15 @@ class Means(NamedTuple):
     """A stretch each: ``(T, B, n, S)`` of the state before each frame given the data before it."""
     residuals: Tensor
     """``(T, B, n, X)``: the data less its prediction, zero where missing."""
-    after: Tensor
-    """``(T, B, n, S')`` of the state after each frame given the data so far."""
+    last: Tensor
+    """``(B, n, S')`` of the state after the last frame given all data."""
+
+    @property
+    def after(self) -> Tensor:
+        """``(T, B, n, S')`` of the state after each frame given the data so far."""
+        ends = [*(part[:1] for part in self.before[1:]), self.last[None]]
+        parts = [torch.cat([part[1:], end]) if len(part) > 1 else end for part, end in zip(self.before, ends, strict=True)]
+        return torch.cat(parts)
 
 
 class Forward:
@@ -245,10 +254,12 @@ class Forward:
             patterns = patterns | ~active[..., None]
         each = max(len(carry.covariance), *(joint.noise.shape[1] for joint, _ in joints))
         self.group = None
-        if each == 1:
+        if each == 1 and bool((patterns == patterns[:1]).all()):
+            patterns = patterns[:1]
+        elif each == 1:
             patterns, self.group = patterns.unique(dim=0, return_inverse=True)
-            if len(patterns) in (1, batch):
-                patterns, self.group = (patterns if len(patterns) == 1 else self.present.transpose(0, 1)), None
+            if len(patterns) == batch:
+                patterns, self.group = patterns[self.group], None
         rooted = data.dtype == torch.float32 and not torch.is_grad_enabled()
         self.gains = Gains(joints, patterns, carry.covariance, rooted)
         self.gain, factor = (self._each(self.gains.stacked(v)) for v in (self.gains.gains, self.gains.factors))
@@ -296,7 +307,7 @@ class Forward:
         return self._filter(zeros, self.carry.columns.mT.expand(self.gain.shape[1], -1, -1), present[:, :, None], 0.0, flat)
 
     def _filter(self, data: Tensor, start: Tensor, present: Tensor, offsets: float, flat: Tensor | None = None) -> Means:
-        before, residuals, after_all, value = [], [], [], start
+        before, residuals, value = [], [], start
         for stretch in self.stretches:
             joint, gain, after = stretch.joint, self.gain[stretch.where], stretch.closed.shape[-2]
             offset = joint.offset[:, :, None] * offsets
@@ -308,10 +319,9 @@ class Forward:
             found = _recursion(stretch.closed, value, push)
             before.append(torch.stack([value, *found[:-1]]))
             value = found[-1]
-            after_all += found
             rest = here - predicted - _rows(before[-1], stretch.seen)
             residuals.append(torch.where(present[stretch.where], rest, 0.0))
-        return Means(before, torch.cat(residuals), torch.stack(after_all))
+        return Means(before, torch.cat(residuals), value)
 
     @cached_property
     def whitened(self) -> Tensor:
@@ -400,10 +410,10 @@ class Forward:
 
     def carried(self) -> Carry:
         """What the next frame begins with."""
-        columns = self.columns.after[-1].mT if self.num_diffuse else self.carry.columns[:1, :0].new_zeros(
-            1, self.means.after.shape[-1], 0)
+        columns = self.columns.last.mT if self.num_diffuse else self.carry.columns[:1, :0].new_zeros(
+            1, self.means.last.shape[-1], 0)
         precision, score = (v[-1] for v in self.diffuse) if self.num_diffuse else (self.carry.precision, self.carry.score)
-        return Carry(self.means.after[-1][:, 0], columns, self._each(self.gains.last, 0), precision, score,
+        return Carry(self.means.last[:, 0], columns, self._each(self.gains.last, 0), precision, score,
                      self.carry.evidence + self.base.sum(1))
 
 
@@ -462,7 +472,7 @@ class Backward:
             self.gain.append(gain)
             self.keep.append(keep)
             self.covariance.append(keep @ joint @ keep.mT)
-        value = f.whiten.new_zeros(f.whiten.shape[1], *(f.means.after.shape[-1],) * 2)
+        value = f.whiten.new_zeros(f.whiten.shape[1], *(f.means.last.shape[-1],) * 2)
         for stretch in reversed(f.stretches):
             seen = torch.where(present[stretch.where][..., None], f.whiten[stretch.where] @ stretch.seen, 0.0)
             own, found = seen.mT @ seen, []
@@ -474,7 +484,7 @@ class Backward:
     def adjoints(self, means: Means) -> list[Tensor]:
         """A stretch each, ``(T, B, n, S')``: derivative of the log density of the frames to come by the state after each."""
         f, found = self.forward, []
-        value = torch.zeros_like(means.after[-1])
+        value = torch.zeros_like(means.last)
         weighted = _rows(_rows(means.residuals, f.whiten), f.whiten.mT)
         for stretch in reversed(f.stretches):
             push = _rows(weighted[stretch.where], stretch.seen.mT)
