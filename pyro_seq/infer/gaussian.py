@@ -404,6 +404,25 @@ class Forward:
         total = torch.where(known.mT, total + self._of_diffuse(mean, factor).mT, 0.0)
         return torch.where(self.active, total.diff(dim=1), 0.0)
 
+    def predicted(self) -> tuple[Tensor, Tensor]:
+        """Mean ``(T, B, X)`` and variance ``(T, B or 1, X)`` of each frame given the ones before it."""
+        means, variances, effects = [], [], []
+        for i, (stretch, before) in enumerate(zip(self.stretches, self.covariances_before(), strict=True)):
+            joint, after = stretch.joint, stretch.closed.shape[-2]
+            mean = _rows(self.means.before[i], stretch.seen)[:, :, 0] + joint.offset[..., after:]
+            covariance = stretch.seen @ before @ stretch.seen.mT + joint.noise[..., after:, after:]
+            if self.num_diffuse:
+                effect = _rows(self.columns.before[i], stretch.seen)
+                effects.append(effect + joint.flat[after:].mT if i == 0 and joint.flat.shape[-1] else effect)
+            means.append(mean)
+            variances.append(covariance)
+        mean, variance = torch.cat(means), torch.cat(variances)
+        if self.num_diffuse:
+            precision, score = (torch.cat([start.expand(1, *now.shape[1:]), now[:-1]]) for start, now in zip(
+                (self.carry.precision, self.carry.score), self.diffuse, strict=True))
+            mean, variance = add_diffuse(precision, score, torch.cat(effects), mean, variance)
+        return mean, variance.diagonal(dim1=-2, dim2=-1)
+
     def last_state(self) -> tuple[Tensor, Tensor]:
         """Mean ``(B, S)`` and covariance ``(B, S, S)`` of the state after each sequence's last frame."""
         mean = self.at_last(self.means.after[:, :, 0])
