@@ -129,7 +129,7 @@ class _Scaled:
         if dense:
             worst = (smallest * states / total).amax(0)
         self.lossy = ~(worst[:, 0] < _TOLERANCE) | ~(total > 0).all(0)[:, 0]
-        self.by_step = (total.log() + top)[..., 0]
+        self.by_step = torch.where(_running(tables), (total.log() + top)[..., 0], 0.0)
         self.ratio: Tensor | None = None
 
     def _rows(self, value: Tensor) -> list[Tensor]:
@@ -233,7 +233,9 @@ class _Logged:
         if self.steps == 1:
             return torch.zeros_like(table)
         found = self.pairs() * weights[:, None, None]
-        return found.sum([i for i in range(2) if table.shape[i] == 1], keepdim=True)
+        for shared in (i for i in range(2) if table.shape[i] == 1):
+            found = found.sum(shared, keepdim=True)
+        return found
 
 
 class _Matrices:

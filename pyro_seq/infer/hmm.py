@@ -316,7 +316,7 @@ def _moments(probabilities: Tensor, values: Tensor) -> Moments:
 def _quantile(probabilities: Tensor, values: Tensor, q: float | list[float]) -> Tensor:
     """The smallest value whose cumulative probability reaches q, entry by entry; zero past a sequence's end."""
     levels = torch.as_tensor(q, dtype=probabilities.dtype, device=probabilities.device)
-    numbers, order = values.reshape(len(values), -1).to(probabilities.dtype).sort(0, stable=True)
+    numbers, order = values.reshape(len(values), -1).to(probabilities.dtype).sort(dim=0, stable=True)
     cumulative = probabilities[..., order.T].cumsum(-1)
     total = cumulative[..., -1:]
     index = (cumulative < levels.reshape(-1, *(1,) * cumulative.dim()) * total * (1 - 1e-9)).sum(-1).clamp(max=len(values) - 1)
