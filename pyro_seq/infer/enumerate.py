@@ -28,12 +28,12 @@ from pyro_seq.engine.state import State, leaves, map_state
 from pyro_seq.infer.run import refuse_scaled
 from pyro_seq.model import StateSpaceModel
 from pyro_seq.module import accepted
-from pyro_seq.sequences import Frame, Sequences, first_rows, repeat_rows
+from pyro_seq.sequences import Frame, Packed, Sequences, first_rows, repeat_rows
 
 __all__ = ["Support", "Tables", "first_step", "later_step", "read_support", "read_tables"]
 
 _MOST_STATES = 4096
-_MOST_NUMBERS = 2**24  # of a flat call: 128 MB in double precision
+_MOST_NUMBERS = {"cpu": 2**16, "cuda": 2**24}  # in a flat call: what a cache holds, or a GPU does in one go
 
 
 class Support:
@@ -189,10 +189,10 @@ class _Whole:
             later = packed if self._reads_covariates(model.transition) else self.alone
             stop = steps if later is packed or "t" in names else 2
             parts = [self._latents(self.states, later.flat(*window, k * self._prefixes))
-                     for window in _windows(later.counts, 2, stop, k * k)]
+                     for window in self._windows(later, 2, stop, k * k)]
             transition = _unpack(torch.cat(parts).reshape(-1, k, k), later.running[1:stop])
         width = max(v[0, 0].numel() for v in packed.x.values())
-        parts = [self._emission(packed.flat(*window, k)) for window in _windows(packed.counts, 1, steps, k * width)]
+        parts = [self._emission(packed.flat(*window, k)) for window in self._windows(packed, 1, steps, k * width)]
         return Tables(initial.double(), transition.double(),
                       _unpack(torch.cat(parts).reshape(-1, k), packed.running).double(), packed.counts)
 
@@ -232,6 +232,16 @@ class _Whole:
         for name in support.prefix:
             total = total + _log_p(sites[name], sites[name].value)[:, None]
         return total.reshape(-1, support.num_states)
+
+    @staticmethod
+    def _windows(packed: Packed, start: int, stop: int, per_sequence: int) -> Iterator[tuple[int, int]]:
+        """Stretches of ``start..stop`` that are fast in one call, at ``per_sequence`` numbers a step."""
+        most, size = _MOST_NUMBERS.get(packed.sequences.device.type, 2**24), 0
+        for t in range(start, stop + 1):
+            size += packed.counts[t - 1] * per_sequence
+            if t == stop or size + packed.counts[t] * per_sequence > most:
+                yield start, t
+                start, size = t + 1, 0
 
     def _emission(self, frame: Frame) -> Tensor:
         """``(rows,)`` log density of the data."""
@@ -397,16 +407,6 @@ def _names(state: State, name: str = "the state") -> list[str]:
         keys = getattr(state, "_fields", range(len(state)))
         return [found for key, part in zip(keys, state) for found in _names(part, f"{name}[{key!r}]")]
     return [] if state is None else [name]
-
-
-def _windows(counts: list[int], start: int, stop: int, per_sequence: int) -> Iterator[tuple[int, int]]:
-    """Stretches of ``start..stop`` that fit into memory when run in one call."""
-    size = 0
-    for t in range(start, stop + 1):
-        size += counts[t - 1] * per_sequence
-        if t == stop or size + counts[t] * per_sequence > _MOST_NUMBERS:
-            yield start, t
-            start, size = t + 1, 0
 
 
 def _unpack(rows: Tensor, running: Tensor) -> Tensor:
