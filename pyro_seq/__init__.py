@@ -11,6 +11,7 @@ from pyro_seq.infer.backtest import backtest
 from pyro_seq.infer.by_step import elbo_by_step, reconstruct
 from pyro_seq.infer.compare import compare
 from pyro_seq.infer.elbo import SequentialELBO
+from pyro_seq.infer.hmm import ForwardBackward
 from pyro_seq.infer.kalman import GaussianPosterior, KalmanFilter
 from pyro_seq.infer.naive import Naive
 from pyro_seq.infer.particle_filter import ParticleFilter
@@ -22,6 +23,7 @@ from pyro_seq.sequences import Sequences
 __all__ = [
     "AmortizedVariationalFilter",
     "FilteringGuide",
+    "ForwardBackward",
     "GaussianPosterior",
     "KalmanFilter",
     "Naive",

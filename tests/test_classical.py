@@ -517,7 +517,6 @@ def test_switching_is_hamiltons(switching_ar, switching_scale, order):
     assert abs(found - other.loglike(np.array([named[name] for name in other.param_names]))) < 1e-9
 
 
-@pytest.mark.skipif(not hasattr(seq, "ForwardBackward"), reason="needs ForwardBackward")
 def test_business_cycle():
     """Hamilton, 1989, table I: growth of real GNP, 1951 to 1984, order 4. The log likelihood is -181.26339."""
     growth = np.array(pytest.importorskip("statsmodels.tsa.regime_switching.tests.test_markov_autoregression").rgnp)
