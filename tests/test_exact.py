@@ -74,8 +74,8 @@ def test_volatility_filter_is_unbiased(data_dir):
 
 
 def test_volatility_filter_equals_particles_on_the_whole_series(data_dir):
-    """``particles`` with 4000 particles has mean -492.41 and deviation 0.14; the same filter's mean of 20 lies within 4 standard
-    errors of it, and its deviation within a factor of 2 (a chi-square of 19 degrees of freedom: once in 5000)."""
+    """``particles`` with 4000 particles has mean -492.41 and deviation 0.14; the same filter's mean of 20 lies within 4
+    standard errors of it, and its deviation within a factor of 2 (a chi-square of 19 degrees of freedom: once in 5000)."""
     returns = volatility_returns(data_dir, 750)
     found = seq.ParticleFilter(StochasticVolatility(), 4000).run(returns.expand(20, -1)).log_evidence
     assert abs(found.mean() + 492.41) < 4 * 0.14 / math.sqrt(20) + 0.005
