@@ -11,14 +11,17 @@ from pyro_seq.infer.by_step import elbo_by_step, reconstruct
 from pyro_seq.infer.compare import compare
 from pyro_seq.infer.elbo import SequentialELBO
 from pyro_seq.infer.kalman import KalmanFilter
+from pyro_seq.infer.likelihood import ExactLikelihood
 from pyro_seq.infer.particle_filter import ParticleFilter
 from pyro_seq.infer.posterior import Posterior
 from pyro_seq.infer.variational import Variational
-from pyro_seq.model import SequentialModel, StateSpaceModel
+from pyro_seq.model import AutoregressiveModel, SequentialModel, StateSpaceModel
 from pyro_seq.sequences import Sequences
 
 __all__ = [
     "AmortizedVariationalFilter",
+    "AutoregressiveModel",
+    "ExactLikelihood",
     "FilteringGuide",
     "KalmanFilter",
     "ParticleFilter",

@@ -1,7 +1,16 @@
 """Models of the literature, each a short declaration beside its published inference."""
 
+from pyro_seq.models.autoregressive import AutoregressiveNetwork, CausalConvolution, CausalTransformer, RecurrentNetwork
 from pyro_seq.models.dmm import AugmentedDeepMarkovModel, DeepMarkovModel, StructuredInference
 from pyro_seq.models.layers import match_marginals
+from pyro_seq.models.logistic import DiscretisedLogisticMixture
+from pyro_seq.models.outputs import (
+    BernoulliOutput,
+    CategoricalOutput,
+    LogisticMixtureOutput,
+    NormalOutput,
+    Output,
+)
 from pyro_seq.models.srnn import SRNN, SRNNInference
 from pyro_seq.models.vrnn import VRNN, VRNNInference
 
@@ -9,7 +18,17 @@ __all__ = [
     "SRNN",
     "VRNN",
     "AugmentedDeepMarkovModel",
+    "AutoregressiveNetwork",
+    "BernoulliOutput",
+    "CategoricalOutput",
+    "CausalConvolution",
+    "CausalTransformer",
     "DeepMarkovModel",
+    "DiscretisedLogisticMixture",
+    "LogisticMixtureOutput",
+    "NormalOutput",
+    "Output",
+    "RecurrentNetwork",
     "SRNNInference",
     "StructuredInference",
     "VRNNInference",
