@@ -134,7 +134,7 @@ class SequentialModel(SequentialModule):
     def advance_from(self, state: State, z: dict[str, Tensor], frame: Frame) -> State:
         """The next state by :meth:`advance`."""
         x = frame.x["x"] if list(frame.x) == ["x"] else dict(frame.x)
-        return self.advance(state, z, x, **self._inputs(self.advance, frame, 3))
+        return self.advance(state, z, x, **self._inputs(self.advance, frame._replace(x={}), 3))
 
     def has_contexts(self) -> bool:
         """Whether all steps can be scored at once, without a loop: an :class:`AutoregressiveModel`."""

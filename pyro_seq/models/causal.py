@@ -96,7 +96,7 @@ class DilatedConvolutions(nn.Module):
         steps, total, after = inputs.shape[1], 0.0, []
         for index, (before, dilation) in enumerate(zip(state, self.dilations, strict=True)):
             known = torch.cat([before, inputs], 1)
-            after.append(_last(known, steps, before.shape[1], lengths))
+            after.append(_last(known, before.shape[1], lengths))
             taps = [known[:, i * dilation:i * dilation + steps] for i in range(self.kernel)]
             signal, gate = self.convolutions[index](torch.cat(taps, -1)).chunk(2, -1)
             unit = torch.tanh(signal) * torch.sigmoid(gate)
@@ -110,9 +110,9 @@ class Attended(NamedTuple):
     """What self-attention keeps of the inputs so far."""
 
     keys: Tensor
-    """``(rows, layers, context - 1, features)``, the latest last."""
+    """``(rows, context - 1, layers, features)``, the latest last."""
     values: Tensor
-    """``(rows, layers, context - 1, features)``"""
+    """``(rows, context - 1, layers, features)``"""
     seen: Tensor
     """``(rows,)`` inputs so far."""
 
@@ -150,13 +150,13 @@ class SelfAttention(nn.Module):
 
     def start(self, rows: int) -> Attended:
         like = self.norm.weight
-        cache = like.new_zeros(rows, len(self.layers), self.context - 1, like.shape[0])
+        cache = like.new_zeros(rows, self.context - 1, len(self.layers), like.shape[0])
         return Attended(cache, cache, torch.zeros(rows, dtype=torch.long, device=like.device))
 
     def forward(self, state: Attended, inputs: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Attended]:
         steps, room = inputs.shape[1], self.context - 1
         kept = min(room, int(state.seen.max()))
-        old_keys, old_values = (leaf[:, :, room - kept:] for leaf in (state.keys, state.values))
+        old_keys, old_values = (leaf[:, room - kept:].unbind(2) for leaf in (state.keys, state.values))
         time = torch.arange(steps, device=inputs.device)
         angle = (state.seen[:, None] + time)[..., None].to(inputs.dtype) * self.rates
         hidden = inputs + torch.cat([angle.sin(), angle.cos()], -1)
@@ -164,14 +164,16 @@ class SelfAttention(nn.Module):
         keys, values = [], []
         for index, layer in enumerate(self.layers):
             query, key, value = layer["queries_keys_values"](layer["before_attention"](hidden)).chunk(3, -1)
-            key, value = torch.cat([old_keys[:, index], key], 1), torch.cat([old_values[:, index], value], 1)
+            keys.append(key)
+            values.append(value)
+            key, value = torch.cat([old_keys[index], key], 1), torch.cat([old_values[index], value], 1)
             found = scaled_dot_product_attention(*(self._by_head(part) for part in (query, key, value)), attn_mask=mask)
             hidden = hidden + layer["attended"](found.transpose(1, 2).flatten(2))
             hidden = hidden + layer["network"](layer["before_network"](hidden))
-            keys.append(_last(key, steps, room, lengths))
-            values.append(_last(value, steps, room, lengths))
         seen = state.seen + (steps if lengths is None else lengths)
-        return self.norm(hidden), Attended(torch.stack(keys, 1), torch.stack(values, 1), seen)
+        return self.norm(hidden), Attended(*(
+            _last(torch.cat([before, torch.stack(new, 2)], 1), room, lengths)
+            for before, new in ((state.keys, keys), (state.values, values))), seen)
 
     def _mask(self, seen: Tensor, kept: int, time: Tensor) -> Tensor:
         """``(rows, 1, T, kept + T)``: the keys that each input attends to."""
@@ -183,12 +185,9 @@ class SelfAttention(nn.Module):
         return value.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
-def _last(known: Tensor, steps: int, count: int, lengths: Tensor | None) -> Tensor:
-    """The last ``count`` rows up to each sequence's length of ``known``, ``(rows, P + T, features)``: the P that were kept, at
-    most ``count``, and the ``T = steps`` that came. What stands before the first is of no matter."""
-    if lengths is None and known.shape[1] >= count:
+def _last(known: Tensor, count: int, lengths: Tensor | None) -> Tensor:
+    """The last ``count``, up to each sequence's end, of ``(rows, count + T, ...)``: what was kept, and the ``T`` that came."""
+    if lengths is None:
         return known[:, known.shape[1] - count:]
-    kept = known.shape[1] - steps
-    ends = torch.full_like(known[:, 0, 0], steps, dtype=torch.long) if lengths is None else lengths
-    index = (ends + kept - count)[:, None] + torch.arange(count, device=known.device)
-    return known.take_along_dim(index.clamp(min=0)[..., None], 1)
+    index = lengths[:, None] + torch.arange(count, device=known.device)
+    return known[torch.arange(len(known), device=known.device)[:, None], index]

@@ -96,8 +96,9 @@ class CategoricalOutput(Output):
         super().__init__(width, classes)
 
     def units(self, x: Tensor) -> Tensor:
-        first = self.numbers * torch.arange(self.entries, device=x.device)
-        return super().units(x).long() + first
+        # What is no class is refused where it is scored.
+        index = super().units(x).long().clamp(0, self.numbers - 1)
+        return index + self.numbers * torch.arange(self.entries, device=x.device)
 
     def reader(self, features: int) -> nn.Module:
         return _Embedding(self.size, features)
@@ -140,9 +141,11 @@ class NormalOutput(Output):
             return self.joined(dist.Normal(self.center + self.spread * loc, self.spread * (softplus(spread) + _LEAST)))
         loc, diagonal, below = numbers.split([self.entries, self.entries, self.size - 2 * self.entries], -1)
         row, column = torch.tril_indices(self.entries, self.entries, -1, device=numbers.device)
-        factor = torch.diag_embed(softplus(diagonal) + _LEAST)
-        factor = factor.index_put((torch.arange(len(factor), device=row.device)[:, None], row, column), below)
-        return dist.MultivariateNormal(self.center + self.spread * loc, scale_tril=self.spread[:, None] * factor)
+        identity = torch.eye(self.entries, dtype=numbers.dtype, device=numbers.device)
+        mix = identity.repeat(len(numbers), 1, 1)
+        mix[:, row, column] = below
+        scale = self.spread * (softplus(diagonal) + _LEAST)
+        return dist.MultivariateNormal(self.center + self.spread * loc, scale_tril=scale[..., None] * mix)
 
 
 class LogisticMixtureOutput(Output):
