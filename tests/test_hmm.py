@@ -399,14 +399,15 @@ def test_scan_and_loop_and_logarithms_agree(vary, zeros, counts):
         torch.testing.assert_close(scaled.transition_counts(weights), other.transition_counts(weights))
 
 
-def test_a_path_that_probabilities_have_lost_comes_back():
+@pytest.mark.parametrize("vary", [(1, 1), (399, 1), (399, 2)], ids=str)
+def test_a_path_that_probabilities_have_lost_comes_back(vary):
     """Two regimes that never meet: the data speaks against the second by e^-2000, then for it by e^4000 (or by e^200)."""
     never = torch.tensor([[0.0, -INF], [-INF, 0.0]])
     emission = torch.zeros(400, 2, 2)
     emission[:200, :, 1] = -10.0
     emission[200:, 0, 0] = -20.0
     emission[200:, 1, 0] = -1.0  # not enough to come back
-    tables = Tables(torch.tensor([[0.5, 0.5]]).log(), never[None, None], emission, [2] * 400)
+    tables = Tables(torch.tensor([[0.5, 0.5]]).log(), never.expand(*vary, 2, 2), emission, [2] * 400)
     passes = chain.Passes(tables, scan=False)
     assert passes.hard.tolist() == [0]
     expected = emission.sum(0) + math.log(0.5)
@@ -451,8 +452,7 @@ def test_long_chain(states):
 def test_gradient_of_the_evidence(zeros, vary, scan, monkeypatch):
     """First and second derivatives by finite differences, where transitions are forbidden too."""
     monkeypatch.setattr(chain, "_SCAN_NUMBERS", {"cpu": 10**6 if scan else 0})
-    tables = random_chain(steps=40 if scan else 4, batch=3, states=3, zeros=zeros, vary=vary,
-                          counts=[3] * 3 + [2] * 37 if scan else [3, 3, 2, 1])
+    tables = random_chain(40, 2, 2, [2] * 3 + [1] * 37, zeros, vary) if scan else random_chain(4, 3, 3, [3, 3, 2, 1], zeros, vary)
     open_entries = [v.isfinite() for v in tables[:3]]
     free = [v[where].clone().requires_grad_() for v, where in zip(tables[:3], open_entries)]
 

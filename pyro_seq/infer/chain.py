@@ -31,6 +31,7 @@ from pyro_seq.sequences import first_rows
 __all__ = ["Passes", "log_evidence", "sample_paths", "viterbi"]
 
 _TOLERANCE = 1e-12
+_STRIDE = 8
 _LOG_DENSE = -230.0
 _SCAN_NUMBERS = {"cpu": 64, "cuda": 2000}
 """``B * K**2`` up to which a scan is taken. On a CPU core they break even between 70 and 150 for 64 to 5000 steps: one chain of
@@ -95,91 +96,101 @@ class Passes:
 
 
 class _Scaled:
-    """Probabilities, normalised at every step."""
+    """Probabilities, normalised every few steps."""
 
     def __init__(self, tables: Tables):
         log_initial, log_transition, log_emission, counts = tables
         self.counts, self.steps = counts, len(counts)
-        states = log_emission.shape[-1]
         top = log_emission.amax(-1, keepdim=True)
         top = torch.where(top > -torch.inf, top, 0.0)
         emission = (log_emission - top).exp_()
         self.transition = _Matrices(log_transition.exp(), counts)
-        self.prediction, self.filtered = (torch.zeros_like(log_emission) for _ in range(2))
-        total = torch.ones_like(top)
-        rows = [self._rows(v) for v in (emission, self.prediction, self.filtered, total)]
-        self.prediction[0] = log_initial.exp()
-        smallest = states * 1e-307
         # Mass can stay lost only where a transition is all but forbidden.
-        dense = bool((log_transition > _LOG_DENSE).all())
-        lost, worst = torch.zeros_like(self.prediction[0]), torch.zeros_like(top[0])
-        before = None
-        for t, (emit, predicted, now, norm) in enumerate(zip(*rows)):
+        self.dense = bool((log_transition > _LOG_DENSE).all())
+        self.filtered = torch.zeros_like(log_emission)
+        self.prediction = None if self.dense else torch.zeros_like(log_emission)
+        smallest = log_emission.shape[-1] * 1e-307
+        losses = torch.full_like(top, smallest * log_emission.shape[-1])
+        before = lost = torch.zeros_like(log_emission[0])
+        predicted = log_initial.exp().expand_as(lost)
+        if not self.dense:
+            self.prediction[0] = predicted
+        for t, (emit, now) in enumerate(zip(self._rows(emission), self._rows(self.filtered))):
+            n = counts[t]
             if t:
-                _times(first_rows(before, counts[t]), self.transition(t), predicted)
-            torch.mul(predicted, emit, out=now)
-            torch.sum(now, -1, keepdim=True, out=norm)
-            now.div_(norm)
-            if not dense:
-                lost = first_rows(lost, counts[t])
-                if t:
-                    lost = _times(lost, self.transition(t))
-                lost = (lost + smallest).mul_(emit).add_(smallest).div_(norm)
-                first_rows(worst, counts[t]).copy_(torch.maximum(first_rows(worst, counts[t]), lost.sum(-1, keepdim=True)))
-            before = now
-        if dense:
-            worst = (smallest * states / total).amax(0)
-        self.lossy = ~(worst[:, 0] < _TOLERANCE) | ~(total > 0).all(0)[:, 0]
-        self.by_step = torch.where(_running(tables), (total.log() + top)[..., 0], 0.0)
-        self.ratio: Tensor | None = None
+                predicted = _times(first_rows(before, n), self.transition(t), None if self.dense else self.prediction[t, :n])
+            before = torch.mul(predicted, emit, out=now)
+            if not self.dense:
+                lost = _times(first_rows(lost, n), self.transition(t)) if t else lost
+                lost = (lost + smallest).mul_(emit).add_(smallest)
+                losses[t, :n] = lost.sum(-1, keepdim=True)
+            if t % _STRIDE == 0:
+                norm = now.sum(-1, keepdim=True)
+                before, lost = now / norm, lost if self.dense else lost / norm
+        total = self.filtered.sum(-1, keepdim=True)
+        entered = torch.cat([torch.ones_like(total[:1]), total[:-1]])  # the sum that each step has started from
+        entered[1::_STRIDE] = 1.0
+        running = _running(tables)
+        if not running.all():
+            total, entered = (torch.where(running[..., None], v, 1.0) for v in (total, entered))
+            emission.mul_(running[..., None])
+        norms = total / entered
+        self.filtered.div_(total)
+        self.gain = emission.div_(norms)  # filtered over predicted
+        if not self.dense:
+            self.prediction.div_(entered).clamp_(min=1e-307)
+        self.lossy = ~(losses / total < _TOLERANCE).all(0)[:, 0]
+        self.by_step = torch.where(running, (norms.log() + top)[..., 0], 0.0)
+        self.back: Tensor | None = None
 
-    def _rows(self, value: Tensor) -> list[Tensor]:
-        return [first_rows(v, n) for v, n in zip(value.unbind(0), self.counts)]
+    def _rows(self, value: Tensor) -> tuple[Tensor, ...] | list[Tensor]:
+        rows = value.unbind(0)
+        return rows if self.counts[-1] == self.counts[0] else [first_rows(v, n) for v, n in zip(rows, self.counts)]
 
     def forget(self, sequences: Tensor) -> None:
         """Clear what was lost of some sequences, so that it spoils no sum over the others."""
-        self.filtered[:, sequences] = 0.0
-        self.prediction[:, sequences] = 0.0
+        self.filtered[:, sequences] = self.gain[:, sequences] = 0.0
 
     @property
     def log_filtered(self) -> Tensor:
         return self.filtered.log()
 
     def smooth(self) -> Tensor:
-        """By the kernels p(z_t | z_{t+1}, x_1..x_t), as Rauch, Tung and Striebel do for a Gaussian."""
-        smoothed = self.filtered.clone()
-        self.ratio = torch.zeros_like(smoothed)
-        prediction = self.prediction.clamp(min=1e-307)
-        rows = zip(*(self._rows(v) for v in (self.filtered, smoothed, prediction, self.ratio)))
-        after = None
-        for t, (now, found, predicted, ratio) in reversed(list(enumerate(rows))):
-            if after is not None:
-                count = self.counts[t + 1]
-                _times(after, self.transition(t + 1).transpose(-1, -2), first_rows(found, count))
-                first_rows(found, count).mul_(first_rows(now, count))
-            if t:
-                torch.div(found, predicted, out=ratio)
-            after = ratio
-        return smoothed
+        """By taking the ratio of smoothed to predicted back through the transitions, as Rauch, Tung and Striebel do for a
+        Gaussian; that gives the ratio of smoothed to filtered one step before."""
+        self.back = torch.ones_like(self.filtered) if self.dense else self.filtered.clone()
+        found, ratio = self._rows(self.back), self._ratio(-1)
+        for t in reversed(range(self.steps - 1)):
+            n = self.counts[t + 1]
+            rows = first_rows(found[t], n)
+            _times(first_rows(ratio, n), self.transition.transposed(t + 1), rows)
+            if not self.dense:
+                rows.mul_(self.filtered[t, :n])
+            ratio = self._ratio(t)
+        return self.filtered * self.back if self.dense else self.back
+
+    def _ratio(self, t: int | slice) -> Tensor:
+        """Smoothed over predicted. Where transitions are forbidden it may be zero over zero, and is formed from its parts."""
+        return self.back[t] * self.gain[t] if self.dense else self.back[t] / self.prediction[t]
 
     def pairs(self) -> Tensor:
-        if self.ratio is None:
+        if self.back is None:
             self.smooth()
-        outer = self.filtered[:-1, :, :, None] * self.ratio[1:, :, None]
+        outer = self.filtered[:-1, :, :, None] * self._ratio(slice(1, None))[:, :, None]
         return outer.mul_(self.transition.table)
 
     def transition_counts(self, weights: Tensor) -> Tensor:
-        if self.ratio is None:
+        if self.back is None:
             self.smooth()
         table = self.transition.table
         if self.steps == 1:
             return torch.zeros_like(table)
-        weighted = self.filtered[:-1] * weights[:, None]
+        weighted, ratio = self.filtered[:-1] * weights[:, None], self._ratio(slice(1, None))
         if table.shape[:2] == (1, 1):
-            return table * (weighted.flatten(0, 1).T @ self.ratio[1:].flatten(0, 1))
+            return table * (weighted.flatten(0, 1).T @ ratio.flatten(0, 1))
         if table.shape[1] == 1:
-            return table * (weighted.transpose(-1, -2) @ self.ratio[1:])[:, None]
-        return table * weighted[..., None] * self.ratio[1:, :, None]
+            return table * (weighted.transpose(-1, -2) @ ratio)[:, None]
+        return table * weighted[..., None] * ratio[:, :, None]
 
 
 class _Logged:
@@ -245,9 +256,17 @@ class _Matrices:
     def __init__(self, table: Tensor, counts: list[int]):
         self.table, self.counts = table, counts
         self.each = [m[0] if table.shape[1] == 1 else m for m in table.unbind(0)]
+        self.flipped = [m.transpose(-1, -2) for m in self.each]
 
     def __call__(self, t: int) -> Tensor:
-        matrix = self.each[0 if len(self.each) == 1 else t - 1]
+        return self._into(self.each, t)
+
+    def transposed(self, t: int) -> Tensor:
+        """From column to row."""
+        return self._into(self.flipped, t)
+
+    def _into(self, matrices: list[Tensor], t: int) -> Tensor:
+        matrix = matrices[0 if len(matrices) == 1 else t - 1]
         return matrix if matrix.dim() == 2 else first_rows(matrix, self.counts[t])
 
 
@@ -423,7 +442,7 @@ def sample_paths(passes: Passes, num_samples: int) -> Tensor:
         running, n = tables.counts[t], tables.counts[t + 1] if t + 1 < steps else 0
         logits = log_filtered[t, :running].expand(num_samples, -1, -1)
         if n:
-            into = matrix(t + 1).transpose(-1, -2)
+            into = matrix.transposed(t + 1)
             after = out[:, t + 1, :n]
             kernel = into[after] if into.dim() == 2 else into[torch.arange(n, device=after.device), after]
             logits = torch.cat([logits[:, :n] + kernel, logits[:, n:]], 1)

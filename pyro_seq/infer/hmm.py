@@ -165,10 +165,12 @@ class ForwardBackward:
         if not (passes.by_step > -torch.inf).all():
             self._refuse_impossible(passes.by_step, sequences)
         by_step = _batch_first(passes.by_step, sequences)
-        found = {"filtered": _batch_first(passes.filtered, sequences), "smoothed": _batch_first(passes.smooth(), sequences)}
-        marginals = {what: {name: support.marginal(p, name).to(dtype) for name in support.values} for what, p in found.items()}
-        moments = {what: {name: _moments(p, support.values[name]) for name, p in sites.items()}
-                   for what, sites in marginals.items()}
+        probabilities, moments = {}, {}
+        for what, joint in (("filtered", passes.filtered), ("smoothed", passes.smooth())):
+            sites = {name: support.marginal(joint, name).to(dtype) for name in support.values}
+            probabilities[what] = {name: _batch_first(p, sequences) for name, p in sites.items()}
+            moments[what] = {name: Moments(*(_batch_first(v, sequences) for v in _moments(p, support.values[name])))
+                             for name, p in sites.items()}
 
         def paths(num_samples: int) -> dict[str, Tensor]:
             drawn = sample_paths(passes, num_samples).movedim(1, 2)
@@ -176,15 +178,15 @@ class ForwardBackward:
             return _values(support, drawn, sequences.active)
 
         def quantile(site: str, q: float | list[float]) -> Tensor:
-            return _quantile(marginals["filtered"][site], support.values[site], q)
+            return _quantile(probabilities["filtered"][site], support.values[site], q)
 
         return DiscretePosterior(
             method="forward-backward", kind=EXACT, log_evidence=by_step.sum(1),
             standard_error=by_step.new_zeros(len(by_step)), sequences=sequences, seconds=watch.seconds,
             filtered=moments["filtered"], smoothed=moments["smoothed"], log_evidence_by_step=by_step, parameters=parameters,
-            final_state=_final_state(support, states, found["filtered"], sequences), paths=paths, cloud=quantile,
-            model=self.model, filtered_probabilities=marginals["filtered"], smoothed_probabilities=marginals["smoothed"],
-            values=support.values, support=support.joint,
+            final_state=_final_state(support, states, _batch_first(passes.filtered, sequences), sequences), paths=paths,
+            cloud=quantile, model=self.model, filtered_probabilities=probabilities["filtered"],
+            smoothed_probabilities=probabilities["smoothed"], values=support.values, support=support.joint,
             pairs=lambda: _batch_first(passes.pairs(), sequences).to(dtype))
 
     def _refuse_impossible(self, by_step: Tensor, sequences: Sequences) -> None:
@@ -303,14 +305,15 @@ def _values(support: Support, states: Tensor, active: Tensor) -> dict[str, Tenso
             for name, v in support.joint.items()}
 
 
-def _moments(probabilities: Tensor, values: Tensor) -> Moments:
-    numbers = values.to(probabilities.dtype).flatten(1) if values.dim() > 1 else values.to(probabilities.dtype)[:, None]
-    shape = (*probabilities.shape[:-1], *values.shape[1:])
+def _moments(probabilities: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance, of the shape of ``probabilities`` less its last dimension, and the event's."""
+    numbers = values.reshape(len(values), -1).to(probabilities.dtype)
     centre = numbers.mean(0)
-    mean = probabilities @ (numbers - centre)
-    variance = probabilities @ (numbers - centre).square() - mean.square()
-    inside = probabilities.sum(-1, keepdim=True) > 0
-    return Moments((mean + torch.where(inside, centre, 0.0)).reshape(shape), variance.clamp(min=0).reshape(shape))
+    numbers = numbers - centre
+    constant = torch.ones_like(numbers) * centre  # a probability of one times the centre; zero past a sequence's end
+    mean, square, centre = (probabilities @ torch.cat([numbers, numbers.square(), constant], 1)).chunk(3, -1)
+    shape = (*probabilities.shape[:-1], *values.shape[1:])
+    return (mean + centre).reshape(shape), (square - mean.square()).clamp_(min=0).reshape(shape)
 
 
 def _quantile(probabilities: Tensor, values: Tensor, q: float | list[float]) -> Tensor:
