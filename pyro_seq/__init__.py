@@ -6,21 +6,28 @@ from pyro_seq.fit.train import fit, restore
 from pyro_seq.from_pyro import from_pyro
 from pyro_seq.guide import PriorGuide, SequentialGuide
 from pyro_seq.guides.avf import AmortizedVariationalFilter
+from pyro_seq.guides.kalman import KalmanGuide
 from pyro_seq.guides.recurrent import FilteringGuide, SmoothingGuide
 from pyro_seq.infer.by_step import elbo_by_step, reconstruct
 from pyro_seq.infer.compare import compare
 from pyro_seq.infer.elbo import SequentialELBO
+from pyro_seq.infer.ensemble_kalman import EnsembleKalmanFilter
+from pyro_seq.infer.extended_kalman import ExtendedKalmanFilter
 from pyro_seq.infer.kalman import KalmanFilter
 from pyro_seq.infer.particle_filter import ParticleFilter
 from pyro_seq.infer.posterior import Posterior
+from pyro_seq.infer.unscented_kalman import UnscentedKalmanFilter
 from pyro_seq.infer.variational import Variational
 from pyro_seq.model import SequentialModel, StateSpaceModel
 from pyro_seq.sequences import Sequences
 
 __all__ = [
     "AmortizedVariationalFilter",
+    "EnsembleKalmanFilter",
+    "ExtendedKalmanFilter",
     "FilteringGuide",
     "KalmanFilter",
+    "KalmanGuide",
     "ParticleFilter",
     "Posterior",
     "PriorGuide",
@@ -30,6 +37,7 @@ __all__ = [
     "SequentialModel",
     "SmoothingGuide",
     "StateSpaceModel",
+    "UnscentedKalmanFilter",
     "Variational",
     "compare",
     "elbo_by_step",
