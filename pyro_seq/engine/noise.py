@@ -246,7 +246,8 @@ class NoisyStep:
         return Ran(
             self._joined([sites.sites[name].value for name in self.layout.latents], n, k),
             value if self.gaps else value[..., :0], data.mean.reshape(n, k, -1),
-            data.covariance.reshape(n, k, *data.covariance.shape[1:]), value[:, 0].detach(), data.present.reshape(n, k, -1)[:, 0], after, sites.sites)
+            data.covariance.reshape(n, k, *data.covariance.shape[1:]), value[:, 0].detach(),
+            data.present.reshape(n, k, -1)[:, 0], after, sites.sites)
 
     def next_state(self, points: Tensor) -> Tensor:
         """``(n, k, S')``: the next state, given state, latents and, where the state reads them, the gaps.

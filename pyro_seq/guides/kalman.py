@@ -18,6 +18,7 @@ from pyro_seq.engine.sigma_points import SigmaPoints
 from pyro_seq.engine.sites import LatentsDrawn, Proposal, PyroSites, StepSites
 from pyro_seq.engine.state import State, map_state
 from pyro_seq.guide import DrawnSites, SequentialGuide
+from pyro_seq.module import require_model
 from pyro_seq.sequences import Frame, Sequences, repeat_rows
 
 __all__ = ["KalmanGuide"]
@@ -63,6 +64,7 @@ class KalmanGuide(SequentialGuide):
     """
 
     def __init__(self, model: Any, kind: str = "extended", *, global_guide: Any = None, name: str | None = None):
+        require_model(model, "KalmanGuide")
         if kind not in ("extended", "unscented"):
             raise ValueError(f"kind={kind!r}; it is 'extended' or 'unscented'")
         super().__init__(model, global_guide=global_guide, name=name)

@@ -76,6 +76,9 @@ class GaussianFilter(DeclaredFilter):
                "give the emission a positive scale, and look for a state that has diverged")
         keep = torch.cat([torch.arange(s), v.shape[-1] + torch.arange(z + step.filled_width)]).to(v.device)
         w, w_covariance = found.mean[:, keep], found.covariance[:, keep[:, None], keep]
+        if self.model.markov_history == 1 and s:
+            w, w_covariance = _through_latents(joint.mean[:, keep], joint.covariance[:, keep[:, None], keep], w, w_covariance,
+                                               slice(s, s + z))
         where = step.selected(ran)
         if where is not None:
             moments = w[:, where], w_covariance[:, where[:, None], where], w_covariance[:, :, where]
@@ -99,6 +102,22 @@ class GaussianFilter(DeclaredFilter):
         spread[:, mean.shape[-1]:, mean.shape[-1]:] = torch.diag_embed(variance)
         spread = spread + torch.nn.functional.pad(covariance, (0, extra, 0, extra))
         return torch.cat([mean, mean.new_zeros(n, extra)], -1), spread
+
+
+def _through_latents(mean: Tensor, covariance: Tensor, after: Tensor, covariance_after: Tensor, latents: slice
+                     ) -> tuple[Tensor, Tensor]:
+    """What a frame says of w = (state, latents, ...) where it tells of the state by the latents alone: a state-space model.
+
+    A transform that is not linear does not know of this independence. With it the backward pass is that of Särkkä (2008).
+    """
+    s = latents.start
+    gain = covariance[:, :s, latents] @ semidefinite_inverse(covariance[:, latents, latents])
+    change = covariance_after[:, latents, latents] - covariance[:, latents, latents]
+    state = mean[:, :s] + (gain @ (after - mean)[:, latents, None])[..., 0]
+    cross = gain @ covariance_after[:, latents, s:]
+    spread = covariance[:, :s, :s] + gain @ change @ gain.mT
+    rows = torch.cat([torch.cat([symmetric(spread), cross], -1), torch.cat([cross.mT, covariance_after[:, s:, s:]], -1)], 1)
+    return torch.cat([state, after[:, s:]], -1), rows
 
 
 class _Step(NamedTuple):
