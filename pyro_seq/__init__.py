@@ -6,17 +6,21 @@ from pyro_seq.fit.train import fit, restore
 from pyro_seq.from_pyro import from_pyro
 from pyro_seq.guide import PriorGuide, SequentialGuide
 from pyro_seq.guides.avf import AmortizedVariationalFilter
+from pyro_seq.guides.kalman import KalmanGuide
 from pyro_seq.guides.recurrent import FilteringGuide, SmoothingGuide
 from pyro_seq.infer.backtest import backtest
 from pyro_seq.infer.by_step import elbo_by_step, reconstruct
 from pyro_seq.infer.compare import compare
 from pyro_seq.infer.elbo import SequentialELBO
+from pyro_seq.infer.ensemble_kalman import EnsembleKalmanFilter
+from pyro_seq.infer.extended_kalman import ExtendedKalmanFilter
 from pyro_seq.infer.hmm import ForwardBackward
 from pyro_seq.infer.kalman import GaussianPosterior, KalmanFilter
 from pyro_seq.infer.likelihood import ExactLikelihood
 from pyro_seq.infer.naive import Naive
 from pyro_seq.infer.particle_filter import ParticleFilter
 from pyro_seq.infer.posterior import Posterior
+from pyro_seq.infer.unscented_kalman import UnscentedKalmanFilter
 from pyro_seq.infer.variational import Variational
 from pyro_seq.model import AutoregressiveModel, SequentialModel, StateSpaceModel
 from pyro_seq.sequences import Sequences
@@ -24,11 +28,14 @@ from pyro_seq.sequences import Sequences
 __all__ = [
     "AmortizedVariationalFilter",
     "AutoregressiveModel",
+    "EnsembleKalmanFilter",
     "ExactLikelihood",
+    "ExtendedKalmanFilter",
     "FilteringGuide",
     "ForwardBackward",
     "GaussianPosterior",
     "KalmanFilter",
+    "KalmanGuide",
     "Naive",
     "ParticleFilter",
     "Posterior",
@@ -39,6 +46,7 @@ __all__ = [
     "SequentialModel",
     "SmoothingGuide",
     "StateSpaceModel",
+    "UnscentedKalmanFilter",
     "Variational",
     "backtest",
     "compare",

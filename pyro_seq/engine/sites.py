@@ -106,6 +106,15 @@ class StepSites(Messenger):
                              f"{error}") from error
         return done
 
+    def fill_gaps(self, name: str, p: Distribution, value: Tensor, present: Tensor) -> Tensor:
+        """An observed value with something at its missing entries."""
+        filler = self.values.get(name)
+        if self.impute:
+            require_imputable(p, present, name)
+            if filler is None:
+                filler = draw(p, name, self.frame)
+        return fill(p, value, present, filler)
+
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if type(msg["fn"]).__name__ == "_Subsample":  # a plate of the user's own: none of the handlers' outside
             msg["stop"] = True
@@ -122,12 +131,7 @@ class StepSites(Messenger):
             value = _observed_value(name, p, msg["value"], frame)
             present = _present(name, msg["value"], frame) if frame.missing else None
             if present is not None:
-                filler = self.values.get(name)
-                if self.impute:
-                    require_imputable(p, present, name)
-                if filler is None and self.impute:
-                    filler = draw(p, name, frame)
-                value = fill(p, value, present, filler)
+                value = self.fill_gaps(name, p, value, present)
         elif name in self.values:
             value = self.values[name]
         else:
