@@ -13,6 +13,7 @@ from pyro_seq.infer.elbo import SequentialELBO
 from pyro_seq.infer.kalman import GaussianPosterior, KalmanFilter
 from pyro_seq.infer.particle_filter import ParticleFilter
 from pyro_seq.infer.posterior import Posterior
+from pyro_seq.infer.rao_blackwell import RaoBlackwellisedFilter
 from pyro_seq.infer.variational import Variational
 from pyro_seq.model import SequentialModel, StateSpaceModel
 from pyro_seq.sequences import Sequences
@@ -25,6 +26,7 @@ __all__ = [
     "ParticleFilter",
     "Posterior",
     "PriorGuide",
+    "RaoBlackwellisedFilter",
     "Sequences",
     "SequentialELBO",
     "SequentialGuide",

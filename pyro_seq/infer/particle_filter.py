@@ -88,6 +88,10 @@ class ParticleFilter:
         guide = PriorGuide(self.model) if self.guide is None else self.guide
         return entered(self.model, guide, sequences, lambda values: self._run(guide, sequences, values, watch))
 
+    def measured(self, step: Step) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """By latent site, what each particle says of it, ``(rows, ...)``: a value, and a variance about it if it has one."""
+        return {name: (site.value, None) for name, site in step.sites.items() if not site.observed}
+
     def _run(self, guide: Any, sequences: Sequences, parameters: dict[str, Tensor], watch: Stopwatch) -> Posterior:
         runs, batch, particles = self.num_runs, sequences.num_sequences, self.num_particles
         repeated = sequences.repeat(runs)
@@ -179,16 +183,17 @@ class _Cloud:
         self.log_mean = highest[:, 0] - self.weights.amax(-1).log() - math.log(self.particles)
         self.evidence.append(self.log_mean - self.base)
         self.effectives.append(self.effective)
-        for name, site in step.sites.items():
-            if site.observed:
-                continue
-            value = site.value.reshape(*log_weights.shape, -1)
+        for name, (value, spread) in self.method.measured(step).items():
+            shape = (log_weights.shape[0], *value.shape[1:])
+            value = value.reshape(*log_weights.shape, -1)
             value = value if value.is_floating_point() else value.to(log_weights.dtype)
-            mean = torch.bmm(self.weights[:, None], value)
-            variance = torch.bmm(self.weights[:, None], (value - mean).square_())
-            shape = (log_weights.shape[0], *site.value.shape[1:])
-            self.means.setdefault(name, []).append(mean.reshape(shape))
-            self.variances.setdefault(name, []).append(variance.reshape(shape))
+            weights = self.weights[:, None].to(value.dtype)
+            mean = torch.bmm(weights, value)
+            variance = torch.bmm(weights, (value - mean).square_())
+            if spread is not None:
+                variance = variance + torch.bmm(weights, spread.reshape(value.shape))
+            self.means.setdefault(name, []).append(mean.reshape(shape).to(log_weights.dtype))
+            self.variances.setdefault(name, []).append(variance.reshape(shape).to(log_weights.dtype))
         self.last = step.state
         if self.method.history:
             self.steps.append(step)
