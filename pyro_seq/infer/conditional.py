@@ -71,9 +71,9 @@ class Split(NamedTuple):
 class Marginalised:
     """A declared model whose marginal latents are integrated out: a model of the conditioning ones alone.
 
-    The engine runs it as it runs any other. Its state is a dict: the declared model's ``state``, the ``mean`` ``(rows, S)`` and
-    ``covariance`` ``(rows, S, S)`` of the entries that depend on marginal sites, and the ``filtered`` moments of those sites. Its
-    one observed site is the density of the frame given the conditioning latents and all data before.
+    The engine runs it as it runs any other. Its state is a dict: the declared model's ``state``, the ``mean``
+    ``(rows, S)`` and ``covariance`` ``(rows, S, S)`` of the entries that depend on marginal sites, and the ``filtered`` moments of
+    those sites. Its one observed site is the density of the frame given the conditioning latents and all data before.
 
     :param declared: a declared model, entered.
     """
@@ -96,21 +96,20 @@ class Marginalised:
         base = self._draw(state, frame)
         columns, width = self._columns(base, mean.shape[-1])
         step = _Affine(self, base, state, frame, columns, mean.shape[-1], width)
-        if not isinstance(frame.t, int) or frame.t in _DUE:
+        if frame.t in _DUE:
             step.require_affine()
-        found, log_density = step.condition(mean, covariance)
+        (u, spread), log_density = step.condition(mean, covariance)
         for name in base.plain:
             log_density = log_density + base.sites[name].log_p().double()
         like = next((v.dtype for v in frame.x.values() if v.is_floating_point()), torch.get_default_dtype())
-        pyro.factor(", ".join(repr(n)[1:-1] for n, site in base.sites.items() if site.observed) or "data",
-                    log_density.to(like))
-        u, spread = found
+        pyro.factor(", ".join(name for name, site in base.sites.items() if site.observed), log_density.to(like))
         matrix, offset = step.next_state()
         after = offset + (matrix @ u[..., None])[..., 0]
         after_covariance = matrix @ spread @ matrix.mT
-        filtered = {name: {"mean": u[:, columns[name]].reshape(base.sites[name].value.shape),
-                           "variance": spread.diagonal(dim1=-2, dim2=-1)[:, columns[name]].clamp(min=0).reshape(
-                               base.sites[name].value.shape)} for name in self.split.marginal}
+        variance, filtered = spread.diagonal(dim1=-2, dim2=-1).clamp(min=0), {}
+        for name in self.split.marginal:
+            shape = base.sites[name].value.shape
+            filtered[name] = {"mean": u[:, columns[name]].reshape(shape), "variance": variance[:, columns[name]].reshape(shape)}
         return {"state": base.after, "mean": after, "covariance": 0.5 * (after_covariance + after_covariance.mT),
                 "filtered": filtered}
 
@@ -138,13 +137,13 @@ class Marginalised:
         with _Conditioning(frame, self.split.conditioning, lambda name, p: (None, _origin(p))) as step:
             after = self.declared.apply(state, frame)
         if set(step.drawn) != set(self.split.conditioning) or set(step.latents) != set(self.split.marginal):
-            raise ValueError(f"{self.kind} samples the latent sites {sorted({*step.drawn, *step.latents})} at time {frame.t} and "
-                             f"{sorted({*self.split.conditioning, *self.split.marginal})} at others: give them the same names")
+            raise ValueError(f"{self.kind} samples the latent sites {sorted({*step.drawn, *step.latents})} at time {frame.t} "
+                             f"and {sorted({*self.split.conditioning, *self.split.marginal})} at others: give them the same names")
         gaussian, plain = [], []
         for name, site in step.sites.items():
             if isinstance(site.scale, Tensor) or site.scale != 1.0 or site.mask is not None:
-                raise ValueError(f"site {name!r} stands under poutine.scale or poutine.mask, which a Kalman filter does not know: "
-                                 "mark missing data with NaN or mask=")
+                raise ValueError(f"site {name!r} stands under poutine.scale or poutine.mask, which a Kalman filter does not "
+                                 "know: mark missing data with NaN or mask=")
             if site.observed and not is_gaussian(site.p):
                 plain.append(name)
             else:
@@ -154,9 +153,9 @@ class Marginalised:
         feeds = frame.missing and self.declared.missing_feeds_state
         for name in plain:
             if feeds and step.sites[name].present is not None:
-                raise ValueError(f"site {name!r} of {self.kind} is {type(innermost(step.sites[name].p)).__name__} and missing at time "
-                                 f"{frame.t}, and the step reads its data: a gap that feeds the state must be Gaussian to be "
-                                 "integrated out. Use ParticleFilter, which draws it")
+                raise ValueError(f"site {name!r} of {self.kind} is {type(innermost(step.sites[name].p)).__name__} and "
+                                 f"missing at time {frame.t}, and the step reads its data: a gap that feeds the state must "
+                                 "be Gaussian to be integrated out. Use ParticleFilter, which draws it")
         return _Base(step.sites, step.drawn, after, tuple(gaussian), tuple(plain), feeds)
 
     @staticmethod
@@ -224,8 +223,7 @@ class _Affine:
         self.stride = 2.0 ** math.ceil(math.log2(float(max(sizes, default=torch.tensor(1.0)).clamp(1.0, 1e30))))
         points = torch.zeros(len(self.moved), width, dtype=torch.float64, device=frame.device)
         points[torch.arange(len(self.moved)), self.moved] = self.stride
-        self.matrix = means[next(iter(means))].new_zeros(rows, width, width) if means else torch.zeros(
-            rows, width, width, dtype=torch.float64, device=frame.device)
+        self.matrix = points.new_zeros(rows, width, width)
         self.next_matrix = self.matrix.new_zeros(rows, self.after.shape[-1], width)
         if len(points):
             ran = self._run(points, torch.arange(rows, device=frame.device))
@@ -253,7 +251,8 @@ class _Affine:
                                else site.present.reshape(rows, -1))
         # u = matrix u + drift + noise, the matrix strictly lower triangular: each site reads those before it.
         system = torch.eye(self.width, dtype=mean.dtype, device=mean.device) - self.matrix
-        solved = torch.linalg.solve_triangular(system, torch.cat([drift[..., None], noise], -1), upper=False, unitriangular=True)
+        right = torch.cat([drift[..., None], noise], -1)
+        solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
         u = solved[..., 0]
         joint = torch.linalg.solve_triangular(system, solved[..., 1:].mT, upper=False, unitriangular=True)
         if not data:
@@ -263,9 +262,9 @@ class _Affine:
         own = torch.where(there[:, :, None] & there[:, None], joint[:, at[:, None], at], torch.diag_embed((~there).to(mean)))
         factor, failed = torch.linalg.cholesky_ex(own)
         if failed.any() or not (factor.diagonal(dim1=-2, dim2=-1) > 0).all():
-            raise ValueError(f"the data has a singular or infinite predictive covariance at time {self.frame.t}: some combination of "
-                             "its entries is predicted without noise, or the state grows beyond all bounds; give the emission "
-                             "a positive scale")
+            raise ValueError(f"the data has a singular or infinite predictive covariance at time {self.frame.t}: some "
+                             "combination of its entries is predicted without noise, or the state grows beyond all bounds; "
+                             "give the emission a positive scale")
         residual = torch.where(there, value - u[:, at], 0.0)
         gain = torch.cholesky_solve(cross.mT, factor).mT
         white = torch.linalg.solve_triangular(factor, residual[..., None], upper=False)[..., 0]
@@ -295,8 +294,8 @@ class _Affine:
         for name, values in ran.densities.items():
             if not _same(values, values[:, :1]):
                 what = "observed and not Gaussian" if name in self.base.plain else "to be drawn"
-                raise ValueError(f"site {name!r} of {kind} is {what}, and depends on {marginal}, which are to be marginalised {where}: "
-                                 f"the model is not linear-Gaussian in {marginal}{given}")
+                raise ValueError(f"site {name!r} of {kind} is {what}, and depends on {marginal}, which are to be "
+                                 f"marginalised {where}: the model is not linear-Gaussian in {marginal}{given}")
         exact = next((v for v in self.frame.x.values() if v.is_floating_point()), torch.zeros(())).dtype == torch.float64
         tolerance = 1e-9 if exact else 2e-4
         for name, columns in self.columns.items():
@@ -304,22 +303,22 @@ class _Affine:
                           self.matrix[rows][:, columns], tests, tolerance, given, where)
             spread, found = self.covariances[name][rows][:, None], ran.covariances[name]
             if not ((found - spread).abs() <= tolerance * spread.abs().amax((-1, -2), keepdim=True)).all():
-                raise ValueError(f"site {name!r} of {kind} is Gaussian, but its covariance depends on {marginal} {where}: the model "
-                                 f"is not linear-Gaussian in {marginal}{given}")
+                raise ValueError(f"site {name!r} of {kind} is Gaussian, but its covariance depends on {marginal} {where}: "
+                                 f"the model is not linear-Gaussian in {marginal}{given}")
         self._require(f"the next state of {kind}", ran.after, self.after[rows], self.next_matrix[rows], tests, tolerance, given,
                       where)
         for leaf in ran.others:
             if not _same(leaf, leaf[:, :1]):
-                raise ValueError(f"the next state of {kind} depends on {marginal}, which are to be marginalised, in an entry that "
-                                 f"did not at the first steps {where}")
+                raise ValueError(f"the next state of {kind} depends on {marginal}, which are to be marginalised, in an entry "
+                                 f"that did not at the first steps {where}")
 
     def _require(self, what: str, found: Tensor, base: Tensor, matrix: Tensor, tests: Tensor, tolerance: float, given: str,
                  where: str) -> None:
         expected = base[:, None] + tests @ matrix.mT
         size = base.abs()[:, None] + tests.abs() @ matrix.abs().mT + found.abs() + 1e-12
         if not ((found - expected).abs() <= tolerance * size).all():
-            raise ValueError(f"{what} is not linear in {list(self.model.split.marginal)}{given} {where}: a Kalman filter is not exact "
-                             "for them. Use ParticleFilter, or marginalise fewer sites")
+            raise ValueError(f"{what} is not linear in {list(self.model.split.marginal)}{given} {where}: a Kalman filter is "
+                             "not exact for them. Use ParticleFilter, or marginalise fewer sites")
 
     def _run(self, points: Tensor, rows: Tensor, whole: bool = False) -> _Ran:
         """Run the step on ``rows``, each at all the ``(P, W)`` points of u."""
@@ -386,11 +385,11 @@ def is_gaussian(fn: Distribution) -> bool:
 def require_marginal(name: str, fn: Distribution, kind: str) -> None:
     """Raise unless a latent can be integrated out by a Kalman filter."""
     if isinstance(innermost(fn), ImproperUniform):
-        raise ValueError(f"site {name!r} of {kind} is ImproperUniform: an evidence that is estimated needs a proper distribution of "
-                         "the first state")
+        raise ValueError(f"site {name!r} of {kind} is ImproperUniform: an evidence that is estimated needs a proper "
+                         "distribution of the first state")
     if not is_gaussian(fn) and not isinstance(innermost(fn), Delta):
-        raise ValueError(f"site {name!r} of {kind} is {type(innermost(fn)).__name__}, not Gaussian: a Kalman filter cannot marginalise "
-                         "it. Leave it out of marginal=")
+        raise ValueError(f"site {name!r} of {kind} is {type(innermost(fn)).__name__}, not Gaussian: a Kalman filter cannot "
+                         "marginalise it. Leave it out of marginal=")
 
 
 def _origin(p: Distribution) -> Tensor:
@@ -447,8 +446,8 @@ def find_split(model: Any, sequences: Sequences, marginal: Iterable[str], condit
         for a, b in zip(leaves(after), leaves(elsewhere), strict=True):
             differs = ~((a == b) | (a != a) & (b != b)).reshape(frame.rows, -1).all(0)
             if not a.is_floating_point() and differs.any():
-                raise ValueError(f"{type(model).__name__} carries a state of type {a.dtype} that depends on {list(marginal)}, which are "
-                                 "to be marginalised: that is not Gaussian")
+                raise ValueError(f"{type(model).__name__} carries a state of type {a.dtype} that depends on "
+                                 f"{list(marginal)}, which are to be marginalised: that is not Gaussian")
             found.append(differs)
         first = not masks
         new = tuple(found) if first else tuple(a | b for a, b in zip(masks, found, strict=True))
@@ -482,8 +481,8 @@ def marginalise(model: Any, sequences: Sequences, marginal: Iterable[str] | None
         if unknown := sorted(set(names) - set(latents)):
             raise ValueError(f"marginal names {unknown}, but the latent sites of {kind} are {sorted(latents)}")
         if not names:
-            raise ValueError(f"marginal is empty: name the latent sites of {kind} to integrate out, of {sorted(latents)}, or use "
-                             "ParticleFilter")
+            raise ValueError(f"marginal is empty: name the latent sites of {kind} to integrate out, of {sorted(latents)}, or "
+                             "use ParticleFilter")
         return _tested(model, sequences, tuple(n for n in latents if n in names), latents)
     candidates = [name for name, fns in latents.items() if all(is_gaussian(p) or isinstance(innermost(p), Delta) for p in fns)
                   and not all(isinstance(innermost(p), Delta) for p in fns)]

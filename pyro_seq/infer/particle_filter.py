@@ -265,13 +265,30 @@ class _Cloud:
         found = []
         for step in self.steps:
             count = step.log_weights.shape[0]
-            value = step.sites[site].value
+            value, spread = self.method.measured(step)[site]
             value = value.reshape(count, self.particles, *value.shape[1:])
-            per = [torch.stack([weighed_quantile(v.to(levels), level.reshape(1), w, dim=0)[0]
-                                for level in levels.reshape(-1)]) for v, w in zip(value, step.log_weights, strict=True)]
+            if spread is None:
+                per = [torch.stack([weighed_quantile(v.to(levels), level.reshape(1), w, dim=0)[0]
+                                    for level in levels.reshape(-1)]) for v, w in zip(value, step.log_weights, strict=True)]
+            else:
+                weights, scale = step.log_weights.softmax(-1), spread.reshape(value.shape).sqrt()
+                per = [_mixture_quantile(w, m, s, levels) for w, m, s in zip(weights, value, scale, strict=True)]
             found.append(torch.stack(per))
         out = pad_rows(found, self.packed.counts, self.packed).movedim(2, 0)
         return out[0] if levels.dim() == 0 else out
+
+
+def _mixture_quantile(weights: Tensor, means: Tensor, scales: Tensor, levels: Tensor) -> Tensor:
+    """``(Q, ...)`` quantiles of a mixture of ``N`` Gaussians ``(N, ...)``, by bisection."""
+    levels = levels.reshape(-1, *(1,) * (means.dim() - 1))
+    low, high = (means - 40 * scales).amin(0), (means + 40 * scales).amax(0)
+    low, high = low.expand(levels.shape[0], *low.shape), high.expand(levels.shape[0], *high.shape)
+    for _ in range(64):
+        middle = (low + high) / 2
+        below = torch.special.ndtr((middle[:, None] - means) / scales.clamp(min=torch.finfo(scales.dtype).tiny))
+        share = torch.einsum("n,qn...->q...", weights.to(below), below)
+        low, high = torch.where(share < levels, middle, low), torch.where(share < levels, high, middle)
+    return ((low + high) / 2).to(levels)
 
 
 def _not_finite(batch: int, step: Step, highest: Tensor, log_weights: Tensor) -> str:

@@ -39,8 +39,10 @@ class RaoBlackwellisedFilter:
         Gaussian when omitted.
     :param guide: a sequential guide of ``model`` that samples the other latents; the state it is shown has the marginalised
         entries at their filtered means. Their prior when omitted.
-    :param ess_threshold, num_runs, history, progress: as for :class:`~pyro_seq.ParticleFilter`. With ``history``,
-        ``trajectories`` and ``quantile`` are of the latents that the particles hold.
+    :param float ess_threshold: as for :class:`~pyro_seq.ParticleFilter`.
+    :param int num_runs: likewise.
+    :param bool history: keep all particles, for quantiles of all latents and trajectories of those that the particles hold.
+    :param bool progress: show a progress bar.
 
     Source: Chen and Liu, *Mixture Kalman filters*, 2000; Doucet, de Freitas, Murphy and Russell, *Rao-Blackwellised particle
     filtering for dynamic Bayesian networks*, 2000; Schön, Gustafsson and Nordlund, *Marginalized particle filters for mixed
