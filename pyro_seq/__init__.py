@@ -14,6 +14,7 @@ from pyro_seq.infer.kalman import GaussianPosterior, KalmanFilter
 from pyro_seq.infer.particle_filter import ParticleFilter
 from pyro_seq.infer.posterior import Posterior
 from pyro_seq.infer.rao_blackwell import RaoBlackwellisedFilter
+from pyro_seq.infer.structure import Structure, exact, inspect
 from pyro_seq.infer.variational import Variational
 from pyro_seq.model import SequentialModel, StateSpaceModel
 from pyro_seq.sequences import Sequences
@@ -33,13 +34,16 @@ __all__ = [
     "SequentialModel",
     "SmoothingGuide",
     "StateSpaceModel",
+    "Structure",
     "Variational",
     "compare",
     "elbo_by_step",
     "evaluate",
+    "exact",
     "fit",
     "flows",
     "from_pyro",
+    "inspect",
     "reconstruct",
     "restore",
 ]

@@ -21,7 +21,7 @@ from torch.distributions import Distribution, Independent, MultivariateNormal, N
 from torch.distributions.lowrank_multivariate_normal import LowRankMultivariateNormal
 
 from pyro_seq.engine.families import in_support, sample
-from pyro_seq.engine.sites import Site, StepSites
+from pyro_seq.engine.sites import Proposal, Site, StepSites
 from pyro_seq.engine.state import State, leaves, map_state
 from pyro_seq.infer.linear import SCALES, _moments
 from pyro_seq.sequences import Frame, Sequences, repeat_rows
@@ -72,17 +72,18 @@ class Marginalised:
     """A declared model whose marginal latents are integrated out: a model of the conditioning ones alone.
 
     The engine runs it as it runs any other. Its state is a dict: the declared model's ``state``, the ``mean``
-    ``(rows, S)`` and ``covariance`` ``(rows, S, S)`` of the entries that depend on marginal sites, and the ``filtered`` moments of
-    those sites. Its one observed site is the density of the frame given the conditioning latents and all data before.
+    ``(rows, S)`` and ``covariance`` ``(rows, S, S)`` of the entries that depend on marginal sites, and the ``filtered`` moments
+    of those sites. Its one observed site is the density of the frame given the conditioning latents and all data before.
 
     :param declared: a declared model, entered.
+    :param always: test linearity at every step.
     """
 
     missing_feeds_state = False
     state_grows = False
 
-    def __init__(self, declared: Any, split: Split):
-        self.declared, self.split = declared, split
+    def __init__(self, declared: Any, split: Split, always: bool = False):
+        self.declared, self.split, self.always = declared, split, always
         self.kind = type(declared).__name__
 
     def __getattr__(self, name: str) -> Any:
@@ -96,7 +97,7 @@ class Marginalised:
         base = self._draw(state, frame)
         columns, width = self._columns(base, mean.shape[-1])
         step = _Affine(self, base, state, frame, columns, mean.shape[-1], width)
-        if frame.t in _DUE:
+        if self.always or frame.t in _DUE:
             step.require_affine()
         (u, spread), log_density = step.condition(mean, covariance)
         for name in base.plain:
@@ -134,11 +135,12 @@ class Marginalised:
 
     def _draw(self, state: State, frame: Frame) -> _Base:
         """Run the step at u = 0, the conditioning latents drawn by whoever stands outside."""
-        with _Conditioning(frame, self.split.conditioning, lambda name, p: (None, _origin(p))) as step:
+        with _Conditioning(frame, self.split.conditioning, lambda name, p: (None, _origin(p, frame.device))) as step:
             after = self.declared.apply(state, frame)
         if set(step.drawn) != set(self.split.conditioning) or set(step.latents) != set(self.split.marginal):
+            expected = sorted({*self.split.conditioning, *self.split.marginal})
             raise ValueError(f"{self.kind} samples the latent sites {sorted({*step.drawn, *step.latents})} at time {frame.t} "
-                             f"and {sorted({*self.split.conditioning, *self.split.marginal})} at others: give them the same names")
+                             f"and {expected} at others: give them the same names")
         gaussian, plain = [], []
         for name, site in step.sites.items():
             if isinstance(site.scale, Tensor) or site.scale != 1.0 or site.mask is not None:
@@ -392,9 +394,11 @@ def require_marginal(name: str, fn: Distribution, kind: str) -> None:
                          "marginalise it. Leave it out of marginal=")
 
 
-def _origin(p: Distribution) -> Tensor:
+def _origin(p: Distribution, device: torch.device) -> Tensor:
     """Zero, of the shape and type of a draw."""
-    return torch.zeros_like(in_support(p)) if not isinstance(innermost(p), Delta) else torch.zeros_like(innermost(p).v)
+    if isinstance(innermost(p), ImproperUniform):
+        return torch.zeros(p.shape(), device=device)
+    return torch.zeros_like(innermost(p).v if isinstance(innermost(p), Delta) else in_support(p))
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -405,15 +409,18 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return bool(((a == b) | ((a - b).abs() <= tolerance * (a.abs() + b.abs()))).all())
 
 
-def spread(name: str, p: Distribution) -> tuple[None, Tensor]:
+def spread(frame: Frame) -> Proposal:
     """A proposal for tests: every value of a finite support alike, others from the model, flat ones at zero."""
-    base = innermost(p)
-    if isinstance(base, ImproperUniform):
-        return None, torch.zeros(p.shape())
-    if base.has_enumerate_support and p is base:
-        values = p.enumerate_support(expand=False).reshape(-1, *p.event_shape)
-        return None, values[torch.randint(len(values), tuple(p.batch_shape), device=values.device)]
-    return None, sample(p)
+    def propose(name: str, p: Distribution) -> tuple[None, Tensor]:
+        base = innermost(p)
+        if isinstance(base, ImproperUniform):
+            return None, _origin(p, frame.device)
+        if base.has_enumerate_support and p is base:
+            values = p.enumerate_support(expand=False).reshape(-1, *p.event_shape)
+            return None, values[torch.randint(len(values), tuple(p.batch_shape), device=values.device)]
+        return None, sample(p)
+
+    return propose
 
 
 def find_split(model: Any, sequences: Sequences, marginal: Iterable[str], conditioning: Iterable[str]) -> Split:
@@ -429,7 +436,9 @@ def find_split(model: Any, sequences: Sequences, marginal: Iterable[str], condit
         masks = tuple(torch.zeros(leaf[0].numel(), dtype=torch.bool, device=frame.device) for leaf in leaves(state))
     while True:
         with pyro.settings.context(validate_distributions_torch=False):
-            with StepSites(frame, lambda name, p: (None, _origin(p)) if name in names else spread(name, p)) as at:
+            visit = spread(frame)
+            with StepSites(frame, lambda name, p, f=frame, v=visit: (None, _origin(p, f.device)) if name in names else v(name, p)
+                           ) as at:
                 after = model.apply(state, frame)
             values = {n: torch.randn_like(s.value) if n in names or s.observed else s.value for n, s in at.sites.items()
                       if not s.observed or is_gaussian(s.p)}
@@ -440,7 +449,8 @@ def find_split(model: Any, sequences: Sequences, marginal: Iterable[str], condit
                 elsewhere = model.apply(other, frame)
         for name in marginal:
             if name not in at.latents:
-                raise ValueError(f"{type(model).__name__} has no latent site {name!r} at time {frame.t}; it has {list(at.latents)}")
+                raise ValueError(f"{type(model).__name__} has no latent site {name!r} at time {frame.t}; it has "
+                                 f"{list(at.latents)}")
             require_marginal(name, at.sites[name].p, type(model).__name__)
         found = []
         for a, b in zip(leaves(after), leaves(elsewhere), strict=True):
@@ -467,8 +477,8 @@ def _copies(model: Any, sequences: Sequences) -> Sequences:
     return Sequences(blank, some.lengths, some.covariates, some.observed, True)
 
 
-def marginalise(model: Any, sequences: Sequences, marginal: Iterable[str] | None = None) -> Marginalised:
-    """The model with some latents integrated out, tested at the first two steps.
+def marginalise(model: Any, sequences: Sequences, marginal: Iterable[str] | None = None, steps: int = 2) -> Marginalised:
+    """The model with some latents integrated out, tested at the first ``steps``.
 
     :param model: a declared model, entered.
     :param marginal: names of sites; the largest set that will do when omitted.
@@ -483,8 +493,10 @@ def marginalise(model: Any, sequences: Sequences, marginal: Iterable[str] | None
         if not names:
             raise ValueError(f"marginal is empty: name the latent sites of {kind} to integrate out, of {sorted(latents)}, or "
                              "use ParticleFilter")
-        return _tested(model, sequences, tuple(n for n in latents if n in names), latents)
-    candidates = [name for name, fns in latents.items() if all(is_gaussian(p) or isinstance(innermost(p), Delta) for p in fns)
+        return _tested(model, sequences, tuple(n for n in latents if n in names), latents, steps)
+    # One that is ImproperUniform at first is named in the error.
+    candidates = [name for name, fns in latents.items()
+                  if all(is_gaussian(p) or isinstance(innermost(p), (Delta, ImproperUniform)) for p in fns)
                   and not all(isinstance(innermost(p), Delta) for p in fns)]
     always = [name for name, fns in latents.items() if all(isinstance(innermost(p), Delta) for p in fns)]
     if not candidates:
@@ -496,7 +508,7 @@ def marginalise(model: Any, sequences: Sequences, marginal: Iterable[str] | None
             break
         for kept in ({*names, *always}, {*names}) if always else ({*names},):
             try:
-                return _tested(model, sequences, tuple(n for n in latents if n in kept), latents)
+                return _tested(model, sequences, tuple(n for n in latents if n in kept), latents, steps)
             except ValueError as error:
                 first = first or error
     raise ValueError(f"no latent of {kind} can be marginalised given the others. Of all that are Gaussian: {first}") from first
@@ -509,19 +521,19 @@ def _latents(model: Any, sequences: Sequences) -> dict[str, list[Distribution]]:
     with pyro.settings.context(validate_distributions_torch=False):
         for frame in _copies(model, sequences).packed.frames(1, 1, min(2, sequences.num_steps)):
             state = model.begin(frame) if frame.first else map_state(lambda leaf, n=frame.rows: leaf[:n], state)
-            with StepSites(frame, spread, impute=model.missing_feeds_state) as step:
+            with StepSites(frame, spread(frame), impute=model.missing_feeds_state) as step:
                 state = model.apply(state, frame)
             for name, site in step.latents.items():
                 found.setdefault(name, []).append(site.p)
     return found
 
 
-def _tested(model: Any, sequences: Sequences, names: tuple[str, ...], latents: dict[str, Any]) -> Marginalised:
-    found = Marginalised(model, find_split(model, sequences, names, tuple(n for n in latents if n not in names)))
-    state = None
+def _tested(model: Any, sequences: Sequences, names: tuple[str, ...], latents: dict[str, Any], steps: int) -> Marginalised:
+    split = find_split(model, sequences, names, tuple(n for n in latents if n not in names))
+    found, state = Marginalised(model, split, always=True), None
     some = sequences.select(range(min(4, sequences.num_sequences))).repeat(_COPIES)
-    for frame in some.packed.frames(1, 1, min(2, sequences.num_steps)):
+    for frame in some.packed.frames(1, 1, min(steps, sequences.num_steps)):
         state = map_state(lambda leaf, n=frame.rows: leaf[:n], state)
-        with StepSites(frame, spread):
+        with StepSites(frame, spread(frame)):
             state = found.apply(state, frame)
-    return found
+    return Marginalised(model, split)
