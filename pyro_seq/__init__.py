@@ -7,10 +7,13 @@ from pyro_seq.from_pyro import from_pyro
 from pyro_seq.guide import PriorGuide, SequentialGuide
 from pyro_seq.guides.avf import AmortizedVariationalFilter
 from pyro_seq.guides.recurrent import FilteringGuide, SmoothingGuide
+from pyro_seq.infer.backtest import backtest
 from pyro_seq.infer.by_step import elbo_by_step, reconstruct
 from pyro_seq.infer.compare import compare
 from pyro_seq.infer.elbo import SequentialELBO
+from pyro_seq.infer.hmm import ForwardBackward
 from pyro_seq.infer.kalman import GaussianPosterior, KalmanFilter
+from pyro_seq.infer.naive import Naive
 from pyro_seq.infer.particle_filter import ParticleFilter
 from pyro_seq.infer.posterior import Posterior
 from pyro_seq.infer.rao_blackwell import RaoBlackwellisedFilter
@@ -22,8 +25,10 @@ from pyro_seq.sequences import Sequences
 __all__ = [
     "AmortizedVariationalFilter",
     "FilteringGuide",
+    "ForwardBackward",
     "GaussianPosterior",
     "KalmanFilter",
+    "Naive",
     "ParticleFilter",
     "Posterior",
     "PriorGuide",
@@ -36,6 +41,7 @@ __all__ = [
     "StateSpaceModel",
     "Structure",
     "Variational",
+    "backtest",
     "compare",
     "elbo_by_step",
     "evaluate",

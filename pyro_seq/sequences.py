@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -59,6 +60,7 @@ class Sequences:
     :param lengths: ``(B,)`` long, from 1 to ``T``.
     :param observed: for data of an integer type with gaps, booleans of the shape of the values.
     :param covariates: values by argument name, each ``(B, T, ...)``.
+    :param index: the pandas index of each sequence, where the data had one; :meth:`labels` reads it.
 
     Example::
 
@@ -73,6 +75,7 @@ class Sequences:
     covariates: Mapping[str, Tensor] = field(default_factory=dict)
     observed: Mapping[str, Tensor] = field(default_factory=dict)
     has_missing: bool = False
+    index: tuple[pd.Index, ...] = ()
 
     @staticmethod
     def of(
@@ -156,7 +159,7 @@ class Sequences:
                 raise ValueError(f"covariate {name!r} has NaN or infinite entries: covariates cannot be missing; "
                                  "fill them, or model them as data")
             inputs[name] = value
-        return Sequences(values, lengths, inputs, observed, has_missing)
+        return Sequences(values, lengths, inputs, observed, has_missing, next(filter(None, map(_index, given.values())), ()))
 
     @property
     def num_sequences(self) -> int:
@@ -174,6 +177,11 @@ class Sequences:
     def active(self) -> Tensor:
         """``(B, T)`` booleans: True inside each sequence's length."""
         return torch.arange(self.num_steps, device=self.device) < self.lengths[:, None]
+
+    @cached_property
+    def largest(self) -> float:
+        """The largest absolute value of the data."""
+        return max((float((v.nan_to_num() if self.has_missing else v).abs().max()) for v in self.x.values()), default=0.0)
 
     @cached_property
     def inside_support(self) -> set[tuple[str, type]]:
@@ -212,14 +220,59 @@ class Sequences:
         def rows(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {k: v[index, :steps] for k, v in values.items()}
 
-        return Sequences(rows(self.x), lengths, rows(self.covariates), rows(self.observed), self.has_missing)
+        return Sequences(rows(self.x), lengths, rows(self.covariates), rows(self.observed), self.has_missing,
+                         tuple(self.index[i] for i in index.tolist()) if self.index else ())
+
+    def until(self, t: int) -> Sequences:
+        """The first ``t`` frames of every sequence, fewer where it is shorter.
+
+        Example::
+
+            >>> import torch
+            >>> Sequences.of([torch.zeros(3, 2), torch.ones(5, 2)]).until(4)
+            Sequences(x=(2, 4, 2), lengths 3..4)
+        """
+        if t < 1:
+            raise ValueError(f"t={t}: sequences keep at least one frame")
+
+        def early(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {k: v[:, :t] for k, v in values.items()}
+
+        x, observed = early(self.x), early(self.observed)
+        missing = self.has_missing and (any(bool(v.isnan().any()) for v in x.values() if v.is_floating_point())
+                                        or any(not bool(v.all()) for v in observed.values()))
+        return Sequences(x, self.lengths.clamp(max=t), early(self.covariates), observed, missing, self.index)
+
+    def labels(self, sequence: int, times: Any) -> pd.Index | None:
+        """What the user's pandas index calls some 1-based times of a sequence, continued past its end.
+
+        :returns: ``None`` if the data had no index, or one without a fixed step to be continued by.
+
+        Example::
+
+            >>> import pandas as pd
+            >>> batch = Sequences.of(pd.Series([1.0, 2.0], index=pd.period_range("2000-11", periods=2, freq="M")))
+            >>> [str(month) for month in batch.labels(0, [2, 3, 4])]
+            ['2000-12', '2001-01', '2001-02']
+        """
+        if not self.index:
+            return None
+        index, times = self.index[sequence], np.asarray(times)
+        ahead = int(times.max()) - len(index)
+        if ahead > 0:
+            more = _continued(index, ahead)
+            if more is None:
+                return None
+            index = index.append(more)
+        return index[times - 1]
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Sequences:
         """The same data on another device, its floating values and covariates of another type."""
         def move(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {k: v.to(device, dtype) if v.is_floating_point() else v.to(device) for k, v in values.items()}
 
-        return Sequences(move(self.x), self.lengths.to(device), move(self.covariates), move(self.observed), self.has_missing)
+        return Sequences(move(self.x), self.lengths.to(device), move(self.covariates), move(self.observed), self.has_missing,
+                         self.index)
 
     def repeat(self, times: int) -> Sequences:
         """The whole batch ``times`` times over, one copy after the other."""
@@ -230,7 +283,7 @@ class Sequences:
             return {k: v.repeat(times, *(1,) * (v.dim() - 1)) for k, v in values.items()}
 
         return Sequences(tile(self.x), self.lengths.repeat(times), tile(self.covariates), tile(self.observed),
-                         self.has_missing)
+                         self.has_missing, self.index * times)
 
     def simulated(self) -> Sequences:
         """The same lengths and covariates without the observed values."""
@@ -374,6 +427,28 @@ def _tensor(name: str, value: Any, lengths: Any) -> tuple[Tensor, Any]:
     if value.dim() == 0:
         raise ValueError(f"{name!r} is a single number; sequences have shape (B, T, ...) or, for one series, (T,)")
     return (value[None] if value.dim() == 1 else value), lengths
+
+
+def _index(value: Any) -> tuple[pd.Index, ...]:
+    """The indices of pandas objects, unless they only count from zero."""
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    if not all(isinstance(part, (pd.Series, pd.DataFrame)) for part in parts):
+        return ()
+    return () if all(part.index.equals(pd.RangeIndex(len(part))) for part in parts) else tuple(part.index for part in parts)
+
+
+def _continued(index: pd.Index, count: int) -> pd.Index | None:
+    """``count`` more entries of an index with a fixed step."""
+    if isinstance(index, pd.PeriodIndex):
+        return pd.period_range(index[-1], periods=count + 1)[1:]
+    if isinstance(index, pd.DatetimeIndex):
+        with warnings.catch_warnings():  # of pandas, that what it returns, of either type, will be of the other
+            warnings.simplefilter("ignore")
+            step = index.freq or index.inferred_freq
+        return None if step is None else pd.date_range(index[-1], periods=count + 1, freq=step)[1:]
+    if not pd.api.types.is_numeric_dtype(index) or len(index) < 2 or len(steps := set(np.diff(index))) > 1:
+        return None
+    return pd.Index(index[-1] + steps.pop() * np.arange(1, count + 1))
 
 
 def _from_numpy(array: np.ndarray) -> Tensor:

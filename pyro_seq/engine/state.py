@@ -22,7 +22,7 @@ def map_state(fn: Callable[..., Any], *states: State) -> State:
     if isinstance(head, Tensor):
         return fn(*states)
     if isinstance(head, dict):
-        return {key: map_state(fn, *(s[key] for s in states)) for key in head}
+        return {key: map_state(fn, *(s[key] for s in states)) for key in sorted(head)}
     if isinstance(head, tuple) and hasattr(head, "_fields"):
         return type(head)(*(map_state(fn, *parts) for parts in zip(*states, strict=True)))
     if isinstance(head, (tuple, list)):

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from pyro_seq.infer.posterior import Posterior
 from pyro_seq.sequences import Sequences
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["Comparison", "compare", "require_methods"]
 
 
 class Comparison(pd.DataFrame):
@@ -58,16 +58,10 @@ def compare(methods: Mapping[str, Any], x: Any, lengths: Any = None, *, mask: An
         >>> list(table.index), list(table.kind)
         (['kalman', 'smc'], ['exact', 'log of an unbiased estimate'])
     """
-    if not isinstance(methods, Mapping):
-        raise TypeError(f"methods is a {type(methods).__name__}; pass a dict that names them, such as "
-                        "{'kalman': KalmanFilter(model)}")
-    if not methods:
-        raise ValueError("no methods to compare: pass a dict such as {'kalman': KalmanFilter(model)}")
+    require_methods(methods)
     sequences = Sequences.of(x, lengths, mask=mask, covariates=covariates)
     posteriors = {}
     for name, method in tqdm(methods.items(), disable=not progress, desc="compare"):
-        if isinstance(method, type):
-            raise TypeError(f"method {name!r} is the class {method.__name__}: make one, {method.__name__}(model)")
         if isinstance(method, Posterior) and not _same(method.sequences, sequences):
             raise ValueError(f"the posterior {name!r} is of other data: {method.sequences} instead of {sequences}")
         if not isinstance(method, Posterior) and not hasattr(method, "run"):
@@ -79,6 +73,18 @@ def compare(methods: Mapping[str, Any], x: Any, lengths: Any = None, *, mask: An
     table["num_samples"] = table["num_samples"].astype("Int64")
     table.posteriors = posteriors
     return table
+
+
+def require_methods(methods: Any) -> None:
+    """Raise unless ``methods`` is a dict of objects by name."""
+    if not isinstance(methods, Mapping):
+        raise TypeError(f"methods is a {type(methods).__name__}; pass a dict that names them, such as "
+                        "{'kalman': KalmanFilter(model)}")
+    if not methods:
+        raise ValueError("no methods to compare: pass a dict such as {'kalman': KalmanFilter(model)}")
+    for name, method in methods.items():
+        if isinstance(method, type):
+            raise TypeError(f"method {name!r} is the class {method.__name__}: make one, {method.__name__}(model)")
 
 
 def _same(first: Sequences, second: Sequences) -> bool:

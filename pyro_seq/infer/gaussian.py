@@ -72,7 +72,7 @@ class Gains:
                 self.gains.append(gain)
                 self.factors.append(factor)
                 t += 1
-                if fixed and whole and i and _still(*self.covariances[-2:]):
+                if fixed and whole and i % 8 == 7 and _still(*self.covariances[-2:]):
                     t += count - i - 1
                     break
         self.n = len(self.gains)
@@ -177,6 +177,8 @@ class Carry(NamedTuple):
 
 def _rows(values: Tensor, matrix: Tensor) -> Tensor:
     """``(T, B, n, I)`` times the transpose of ``(T or 1, B or 1, O, I)``: ``(T, B, n, O)``."""
+    if matrix.shape[-1] == 1:  # a product of numbers, for which matmul is slow
+        return values * matrix[..., 0][:, :, None]
     if matrix.shape[1] == 1:
         return (values.flatten(1, 2) @ matrix[:, 0].mT).unflatten(1, values.shape[1:3])
     return values @ matrix.mT
@@ -217,8 +219,15 @@ class Means(NamedTuple):
     """A stretch each: ``(T, B, n, S)`` of the state before each frame given the data before it."""
     residuals: Tensor
     """``(T, B, n, X)``: the data less its prediction, zero where missing."""
-    after: Tensor
-    """``(T, B, n, S')`` of the state after each frame given the data so far."""
+    last: Tensor
+    """``(B, n, S')`` of the state after the last frame given all data."""
+
+    @property
+    def after(self) -> Tensor:
+        """``(T, B, n, S')`` of the state after each frame given the data so far."""
+        ends = [*(part[:1] for part in self.before[1:]), self.last[None]]
+        parts = [torch.cat([part[1:], end]) if len(part) > 1 else end for part, end in zip(self.before, ends, strict=True)]
+        return torch.cat(parts)
 
 
 class Forward:
@@ -238,17 +247,21 @@ class Forward:
                  if step is not None and count]
         joints = [(StepJoint.of(step, data.dtype), count) for step, count in parts]
         self.active, self.carry = active, carry
-        self.present = (~data.isnan() & active[..., None]).transpose(0, 1)  # (T, B, X)
-        self.data = torch.where(self.present, data.transpose(0, 1), 0.0)
+        self.whole = not bool(data.isnan().any())  # what lies past an end is NaN
+        self.present = (torch.ones_like(data[:1, :1], dtype=torch.bool).expand(data.shape) if self.whole else
+                        ~data.isnan()).transpose(0, 1)  # (T, B, X)
+        self.data = data.transpose(0, 1) if self.whole else torch.where(self.present, data.transpose(0, 1), 0.0)
         patterns = self.present.transpose(0, 1)
         if not alone:
             patterns = patterns | ~active[..., None]
         each = max(len(carry.covariance), *(joint.noise.shape[1] for joint, _ in joints))
         self.group = None
-        if each == 1:
+        if each == 1 and (self.whole or bool((patterns == patterns[:1]).all())):
+            patterns = patterns[:1]
+        elif each == 1:
             patterns, self.group = patterns.unique(dim=0, return_inverse=True)
-            if len(patterns) in (1, batch):
-                patterns, self.group = (patterns if len(patterns) == 1 else self.present.transpose(0, 1)), None
+            if len(patterns) == batch:
+                patterns, self.group = patterns[self.group], None
         rooted = data.dtype == torch.float32 and not torch.is_grad_enabled()
         self.gains = Gains(joints, patterns, carry.covariance, rooted)
         self.gain, factor = (self._each(self.gains.stacked(v)) for v in (self.gains.gains, self.gains.factors))
@@ -296,22 +309,21 @@ class Forward:
         return self._filter(zeros, self.carry.columns.mT.expand(self.gain.shape[1], -1, -1), present[:, :, None], 0.0, flat)
 
     def _filter(self, data: Tensor, start: Tensor, present: Tensor, offsets: float, flat: Tensor | None = None) -> Means:
-        before, residuals, after_all, value = [], [], [], start
+        before, residuals, value = [], [], start
         for stretch in self.stretches:
             joint, gain, after = stretch.joint, self.gain[stretch.where], stretch.closed.shape[-2]
             offset = joint.offset[:, :, None] * offsets
             if flat is not None and stretch is self.stretches[0]:
                 offset = flat
             moved, predicted = offset[..., :after], offset[..., after:]
-            here = data[stretch.where]
-            push = _rows((here - predicted).expand(*here.shape[:-1], -1), gain) + moved
+            here = data[stretch.where] - predicted
+            push = _rows(here, gain) + moved
             found = _recursion(stretch.closed, value, push)
             before.append(torch.stack([value, *found[:-1]]))
             value = found[-1]
-            after_all += found
-            rest = here - predicted - _rows(before[-1], stretch.seen)
-            residuals.append(torch.where(present[stretch.where], rest, 0.0))
-        return Means(before, torch.cat(residuals), torch.stack(after_all))
+            rest = here - _rows(before[-1], stretch.seen)
+            residuals.append(rest if self.whole else torch.where(present[stretch.where], rest, 0.0))
+        return Means(before, torch.cat(residuals), value)
 
     @cached_property
     def whitened(self) -> Tensor:
@@ -321,9 +333,13 @@ class Forward:
     @cached_property
     def base(self) -> Tensor:
         """``(B, T)`` log density of each frame given the ones before, for diffuse coefficients of zero."""
-        found = -0.5 * (self.whitened.square().sum(-1) + _LOG_2PI * self.present.sum(-1)) - torch.where(
-            self.present.any(-1), self.log_scale, 0.0)
-        return found.transpose(0, 1)
+        if self.whole:
+            constant, scale = _LOG_2PI * self.data.shape[-1], self.log_scale
+        else:
+            constant, scale = _LOG_2PI * self.present.sum(-1), torch.where(self.present.any(-1), self.log_scale, 0.0)
+        squares = self.whitened.square()
+        squares = squares[..., 0] if squares.shape[-1] == 1 else squares.sum(-1)
+        return (-0.5 * squares - (0.5 * constant + scale)).mT
 
     @property
     def num_diffuse(self) -> int:
@@ -367,7 +383,7 @@ class Forward:
 
     def evidence(self) -> Tensor:
         """``(B,)``"""
-        total = torch.where(self.active, self.base, 0.0).sum(1)
+        total = self.base.sum(1)
         return total + self._of_diffuse(*self.at_end) if self.num_diffuse else total
 
     def _of_diffuse(self, mean: Tensor, factor: Tensor) -> Tensor:
@@ -377,7 +393,7 @@ class Forward:
 
     def evidence_by_step(self) -> Tensor:
         """``(B, T)``; the frames that go to identify a diffuse state count with the one after which it is identified."""
-        base = torch.where(self.active, self.base, 0.0)
+        base = self.base
         if not self.num_diffuse:
             return base
         precision, score = (torch.cat([first.expand(1, *now.shape[1:]), now]) for first, now in zip(
@@ -387,6 +403,25 @@ class Forward:
         total = self.carry.evidence[:, None] + torch.cat([torch.zeros_like(base[:, :1]), base.cumsum(1)], 1)
         total = torch.where(known.mT, total + self._of_diffuse(mean, factor).mT, 0.0)
         return torch.where(self.active, total.diff(dim=1), 0.0)
+
+    def predicted(self) -> tuple[Tensor, Tensor]:
+        """Mean ``(T, B, X)`` and variance ``(T, B or 1, X)`` of each frame given the ones before it."""
+        means, variances, effects = [], [], []
+        for i, (stretch, before) in enumerate(zip(self.stretches, self.covariances_before(), strict=True)):
+            joint, after = stretch.joint, stretch.closed.shape[-2]
+            mean = _rows(self.means.before[i], stretch.seen)[:, :, 0] + joint.offset[..., after:]
+            covariance = stretch.seen @ before @ stretch.seen.mT + joint.noise[..., after:, after:]
+            if self.num_diffuse:
+                effect = _rows(self.columns.before[i], stretch.seen)
+                effects.append(effect + joint.flat[after:].mT if i == 0 and joint.flat.shape[-1] else effect)
+            means.append(mean)
+            variances.append(covariance)
+        mean, variance = torch.cat(means), torch.cat(variances)
+        if self.num_diffuse:
+            precision, score = (torch.cat([start.expand(1, *now.shape[1:]), now[:-1]]) for start, now in zip(
+                (self.carry.precision, self.carry.score), self.diffuse, strict=True))
+            mean, variance = add_diffuse(precision, score, torch.cat(effects), mean, variance)
+        return mean, variance.diagonal(dim1=-2, dim2=-1)
 
     def last_state(self) -> tuple[Tensor, Tensor]:
         """Mean ``(B, S)`` and covariance ``(B, S, S)`` of the state after each sequence's last frame."""
@@ -400,10 +435,10 @@ class Forward:
 
     def carried(self) -> Carry:
         """What the next frame begins with."""
-        columns = self.columns.after[-1].mT if self.num_diffuse else self.carry.columns[:1, :0].new_zeros(
-            1, self.means.after.shape[-1], 0)
+        columns = self.columns.last.mT if self.num_diffuse else self.carry.columns[:1, :0].new_zeros(
+            1, self.means.last.shape[-1], 0)
         precision, score = (v[-1] for v in self.diffuse) if self.num_diffuse else (self.carry.precision, self.carry.score)
-        return Carry(self.means.after[-1][:, 0], columns, self._each(self.gains.last, 0), precision, score,
+        return Carry(self.means.last[:, 0], columns, self._each(self.gains.last, 0), precision, score,
                      self.carry.evidence + self.base.sum(1))
 
 
@@ -462,7 +497,7 @@ class Backward:
             self.gain.append(gain)
             self.keep.append(keep)
             self.covariance.append(keep @ joint @ keep.mT)
-        value = f.whiten.new_zeros(f.whiten.shape[1], *(f.means.after.shape[-1],) * 2)
+        value = f.whiten.new_zeros(f.whiten.shape[1], *(f.means.last.shape[-1],) * 2)
         for stretch in reversed(f.stretches):
             seen = torch.where(present[stretch.where][..., None], f.whiten[stretch.where] @ stretch.seen, 0.0)
             own, found = seen.mT @ seen, []
@@ -474,7 +509,7 @@ class Backward:
     def adjoints(self, means: Means) -> list[Tensor]:
         """A stretch each, ``(T, B, n, S')``: derivative of the log density of the frames to come by the state after each."""
         f, found = self.forward, []
-        value = torch.zeros_like(means.after[-1])
+        value = torch.zeros_like(means.last)
         weighted = _rows(_rows(means.residuals, f.whiten), f.whiten.mT)
         for stretch in reversed(f.stretches):
             push = _rows(weighted[stretch.where], stretch.seen.mT)

@@ -141,6 +141,32 @@ class KalmanFilter:
         data = _observations(sequences, self.dtype)
         return first, later, Forward(first, later, data, sequences.active, carry, alone)
 
+    def _forecast(self, sequences: Sequences, forward: Forward, future: Sequences) -> dict[str, Moments]:
+        """Exact moments ``(B, H, ...)`` of latents and data; sequences of one length have their future times in common."""
+        last, horizon = forward.stretches[-1].step, future.num_steps
+        mean, covariance = forward.last_state()
+        found: dict[str, Moments] = {}
+        for length in sequences.lengths.unique().tolist():
+            rows = (sequences.lengths == length).nonzero()[:, 0]
+            unknown = {k: v.new_full((len(rows), horizon, *v.shape[2:]), torch.nan) for k, v in sequences.x.items()}
+            part = Sequences(unknown, future.lengths[rows], {k: v[rows] for k, v in future.covariates.items()}, {}, True)
+            step = linearise_later(self.model, part, last, range(length + 1, length + horizon + 1), not self.assume_linear)
+            carry = Carry.start(mean[rows], 0)._replace(covariance=covariance[rows])
+            ahead = Forward(None, step, _observations(part, self.dtype), part.active, carry, alone=True)
+            moments = Backward(ahead).moments()[0]
+            parts = _by_name(part, *(v.transpose(0, 1).expand(len(rows), -1, -1) for v in ahead.predicted()))
+            for name, (where, shape) in step.latents.items():
+                parts[name] = Moments(*(v[..., where].transpose(0, 1).reshape(len(rows), horizon, *shape) for v in (
+                    moments.filtered_mean, moments.filtered_covariance.diagonal(dim1=-2, dim2=-1).expand_as(
+                        moments.filtered_mean))))
+            for name, own in parts.items():
+                if name not in found:
+                    blank = own.mean.new_zeros(sequences.num_sequences, *own.mean.shape[1:])
+                    found[name] = Moments(blank, blank.clone())
+                found[name].mean[rows], found[name].variance[rows] = own.mean, own.variance
+        like = next(iter(sequences.x.values()))
+        return {name: Moments(own.mean.to(like.dtype), own.variance.to(like.dtype)) for name, own in found.items()}
+
     def _run(self, sequences: Sequences, parameters: dict[str, Tensor], watch: Stopwatch) -> GaussianPosterior:
         first, later, forward = self._forward(sequences, alone=True)
         backward = Backward(forward)
@@ -186,11 +212,13 @@ class KalmanFilter:
                 [d[..., w] for d, w in zip(drawn, where[name], strict=True)]).unbind(2)])
                 for name, (_, shape) in first.latents.items()}
 
+        predicted = _by_name(sequences, *(inside(v, v.shape[2:]) for v in forward.predicted()))
         note = "assumed linear by the user" if self.assume_linear else "found linear-Gaussian at the points tested"
         return GaussianPosterior(
             method="Kalman filter", kind=EXACT, log_evidence=total, standard_error=torch.zeros_like(total),
             sequences=sequences, seconds=watch.seconds, filtered=filtered, smoothed=smoothed, parameters=parameters,
-            log_evidence_by_step=evidence.to(like.dtype), cloud=quantile, paths=paths, notes=(note,),
+            log_evidence_by_step=evidence.to(like.dtype), predictive=predicted, cloud=quantile,
+            forecast_moments=lambda future: self._forecast(sequences, forward, future), paths=paths, notes=(note,),
             final_state=_final_state(forward, first.template), model=self.model,
             filtered_covariance=filtered_covariance, smoothed_covariance=smoothed_covariance, lag_one_covariance=lag_one,
             joints=tuple(zip(steps, joints, strict=True)))
@@ -278,9 +306,16 @@ def _initial_state(model: Any, sequences: Sequences) -> Tensor:
 
 def _observations(sequences: Sequences, dtype: torch.dtype) -> Tensor:
     """``(B, T, X)``, NaN where missing or past the end."""
-    flat = torch.cat([v[:, :sequences.num_steps].to(dtype).reshape(*sequences.active.shape, -1)
-                      for v in sequences.x.values()], -1)
-    return flat.masked_fill(~sequences.active[..., None], torch.nan)
+    parts = [v[:, :sequences.num_steps].to(dtype).reshape(*sequences.active.shape, -1) for v in sequences.x.values()]
+    flat = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    return flat if bool(sequences.active.all()) else flat.masked_fill(~sequences.active[..., None], torch.nan)
+
+
+def _by_name(sequences: Sequences, mean: Tensor, variance: Tensor) -> dict[str, Moments]:
+    """``(B, T, X)`` moments of all data, by the name and in the shape of each."""
+    sizes = [v[0, 0].numel() for v in sequences.x.values()]
+    parts = zip(sequences.x.items(), mean.split(sizes, -1), variance.split(sizes, -1), strict=True)
+    return {name: Moments(*(v.reshape(*v.shape[:2], *x.shape[2:]) for v in own)) for (name, x), *own in parts}
 
 
 def _final_state(forward: Forward, template: State) -> Any:

@@ -92,7 +92,9 @@ class _Probe:
         self.last = times[-1] if not self.first else sequences.num_steps
         if not self.varies:
             times = times[:1]
-        self.times, self.batch = times, sequences.num_sequences if self.varies else 1
+        self.times = times
+        differ = any((v != v[:1]).any() for name, v in sequences.covariates.items() if name in names)
+        self.batch = sequences.num_sequences if differ else 1
         self.state = state if state is not None else model.begin(self._frame(1, {}))
         if self.first and self.state is not None:
             self.state = map_state(lambda leaf: leaf[:1], self.state)
@@ -207,7 +209,7 @@ class _Probe:
         """Zero and one step along each coordinate; and the points to test at."""
         points = torch.eye(self.width + 1, dtype=torch.float64, device=self.device)[:, 1:]
         generator = torch.Generator("cpu").manual_seed(0)
-        scale = max((float(v[~v.isnan()].abs().max()) for v in self.sequences.x.values() if (~v.isnan()).any()), default=1.0)
+        scale = self.sequences.largest or 1.0
         tests = [s * torch.randn(_POINTS, self.width, generator=generator, dtype=torch.float64, device="cpu")
                  for s in (*SCALES, scale)]
         return points, torch.cat(tests).to(self.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,9 @@ from pyro_seq.engine.loop import propagate
 from pyro_seq.engine.state import State
 from pyro_seq.module import own_parameters, require_count
 from pyro_seq.sequences import Frame, Sequences
+
+if TYPE_CHECKING:
+    from pyro_seq.infer.residuals import Residuals
 
 __all__ = ["EXACT", "LOWER_BOUND", "UNBIASED", "Draws", "Moments", "Posterior"]
 
@@ -36,25 +39,58 @@ class Moments:
         return self.variance.clamp(min=0).sqrt()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Draws:
-    """Samples of trajectories: ``samples[site]`` is ``(S, B, H, ...)``."""
+    """Samples of trajectories, past or future: what :meth:`Posterior.predict` and :meth:`Posterior.trajectories` return.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> import pyro_seq as seq
+        >>> class LocalLevel(seq.StateSpaceModel):
+        ...     def initial(self):
+        ...         return pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     def transition(self, z):
+        ...         return pyro.sample("z", dist.Normal(z, 0.1))
+        ...     def emission(self, z, x=None):
+        ...         return pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> future = seq.KalmanFilter(LocalLevel()).run(torch.zeros(2, 10)).predict(3)
+        >>> future
+        Draws(x=(1000, 2, 3), z=(1000, 2, 3))
+        >>> future.times
+        tensor([[11, 12, 13],
+                [11, 12, 13]])
+        >>> future.quantile("x", [0.1, 0.9]).shape
+        torch.Size([2, 2, 3])
+    """
 
     samples: Mapping[str, Tensor]
+    """By site, ``(S, B, H, ...)``."""
     times: Tensor
-    """``(B, H)`` 1-based times."""
+    """``(B, H)`` 1-based times, zero past a sequence's end."""
+    moments: Mapping[str, Moments] = field(default_factory=dict)
+    """By site, exact moments ``(B, H, ...)`` of what is drawn, where the method has them: then ``mean`` and ``std`` give these.
+    Quantiles are of the samples."""
+    sequences: Sequences | None = None
+    """The data that the draws are conditional on."""
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name}={tuple(value.shape)}" for name, value in sorted(self.samples.items()))
+        return f"Draws({shapes}{f', exact moments of {sorted(self.moments)}' if self.moments else ''})"
 
     def mean(self, site: str) -> Tensor:
         """``(B, H, ...)``"""
-        return self._floating(site).mean(0)
+        value = self._floating(site)
+        return self.moments[site].mean if site in self.moments else value.mean(0)
 
     def std(self, site: str) -> Tensor:
         """``(B, H, ...)``"""
-        return self._floating(site).std(0)
+        value = self._floating(site)
+        return self.moments[site].std if site in self.moments else value.std(0)
 
     def quantile(self, site: str, q: float | list[float]) -> Tensor:
         """``(B, H, ...)``, with a leading dimension if ``q`` is a list."""
-        value = self._of(site)
+        value = self._floating(site)
         _check_levels(q)
         return torch.as_tensor(np.quantile(value.cpu().numpy(), q, axis=0), dtype=value.dtype, device=value.device)
 
@@ -64,8 +100,15 @@ class Draws:
         for site in self.samples:
             columns = {"mean": self.mean(site), "std": self.std(site)}
             columns |= {f"q{q:g}": self.quantile(site, q) for q in quantiles}
-            frames.append(_table(site, columns, self.times))
+            frames.append(_table(site, columns, self.times, self.sequences))
         return pd.concat(frames, ignore_index=True)
+
+    def plot(self, site: str | None = None, sequence: int = 0, **options: Any) -> Any:
+        """A fan chart: the data, the median, and central intervals in several shades; the options are those of
+        :func:`pyro_seq.plot.plot_forecast`."""
+        from pyro_seq.plot import plot_forecast
+
+        return plot_forecast(self, site=site, sequence=sequence, **options)
 
     def _floating(self, site: str) -> Tensor:
         value = self._of(site)
@@ -106,6 +149,9 @@ class Posterior:
     ``log_evidence``. Where the method gives it."""
     ess: Tensor | None = None
     """``(B, T)`` effective sample size before resampling."""
+    predictive: Mapping[str, Moments] = field(default_factory=dict)
+    """Of x_t given x_1..x_{t-1}, by name and in the shape of the data, where it is Gaussian and the method gives it, not
+    finite where nothing is expected yet (a diffuse start): :meth:`residuals` reads it."""
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
     """The global parameters all this is conditional on."""
     notes: tuple[str, ...] = ()
@@ -115,6 +161,9 @@ class Posterior:
     """Given S, draws of the latent trajectories, ``(S, B, T, ...)``."""
     cloud: Callable[[str, Any], Tensor] | None = field(default=None, repr=False)
     """Weighted quantiles of a site, ``(B, T, ...)``."""
+    forecast_moments: Callable[[Sequences], Mapping[str, Moments]] | None = field(default=None, repr=False)
+    """Given the future (no data; lengths all the horizon H; the future's covariates), exact moments ``(B, H, ...)`` by site,
+    where the method has them. Called with the model entered; time ``h`` is ``lengths + h``."""
     model: Any = field(default=None, repr=False)
 
     def __repr__(self) -> str:
@@ -146,14 +195,16 @@ class Posterior:
         if self.paths is None:
             raise ValueError(f"{self.method} has no trajectories to draw: use ParticleFilter(history=True) with num_runs=1, or "
                              "Variational")
-        steps = self.sequences.num_steps
-        times = torch.arange(1, steps + 1, device="cpu").expand(self.sequences.num_sequences, steps)
-        return Draws(self.paths(num_samples), times)
+        return Draws(self.paths(num_samples), _times(self.sequences), sequences=self.sequences)
 
     def predict(self, horizon: int, num_samples: int = 1000, **covariates: Any) -> Draws:
-        """Draw the future of every sequence: latents and observations ``horizon`` steps past its end.
+        """Draw the future of every sequence: latents and observations ``horizon`` steps past its own end.
 
-        :param covariates: future inputs, ``(B, horizon, ...)`` each.
+        Each draw starts from a draw of the last state, so that what is not known of it widens the forecast; global parameters
+        are those of the posterior. ``pyro.set_rng_seed`` makes it reproducible.
+
+        :param int num_samples: futures drawn of each sequence.
+        :param covariates: inputs of the steps after each sequence's end, ``(B, horizon, ...)`` each.
         :returns: samples ``(S, B, horizon, ...)`` of every site.
         """
         require_count("horizon", horizon, 1)
@@ -167,26 +218,38 @@ class Posterior:
         frames = (Frame(lengths[sequence] + h, batch * num_samples, {},
                         {k: v[:, h - 1].to(device)[sequence] for k, v in future.covariates.items()}, False, sequence,
                         False, {}, device) for h in range(1, horizon + 1))
-        with torch.no_grad(), own_parameters(self.model):
-            drawn: dict[str, list[Tensor]] = {}
-            for sites, _ in self.model.within(lambda: list(propagate(self.model, self.final_state(num_samples), frames)),
-                                              globals=self.parameters):
+        drawn: dict[str, list[Tensor]] = {}
+
+        def draw() -> Mapping[str, Moments]:
+            for sites, _ in propagate(self.model, self.final_state(num_samples), frames):
                 for name, site in sites.items():
-                    drawn.setdefault(name, []).append(
-                        site.value.reshape(batch, num_samples, *site.value.shape[1:]).transpose(0, 1))
-        return Draws({name: torch.stack(parts, 2) for name, parts in drawn.items()},
-                     lengths.cpu()[:, None] + torch.arange(1, horizon + 1, device="cpu"))
+                    drawn.setdefault(name, []).append(site.value.unflatten(0, (batch, num_samples)))
+            exact = {} if self.forecast_moments is None else self.forecast_moments(future)
+            return {name: exact[name] for name in drawn if name in exact}
+
+        with torch.no_grad(), own_parameters(self.model):
+            moments = self.model.within(draw, globals=self.parameters)
+        return Draws({name: torch.stack(parts, 2).transpose(0, 1) for name, parts in drawn.items()},
+                     lengths.cpu()[:, None] + torch.arange(1, horizon + 1, device="cpu"), moments, self.sequences)
+
+    def residuals(self, num_particles: int = 2000) -> Residuals:
+        """One-step-ahead prediction errors and probability integral transforms of the data: is the model right?
+
+        See :func:`pyro_seq.infer.residuals.one_step_ahead`.
+        """
+        from pyro_seq.infer.residuals import one_step_ahead
+
+        return one_step_ahead(self, num_particles)
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per sequence, time, latent site and entry: filtered (and smoothed) mean and standard deviation."""
         frames = []
-        times = torch.arange(1, self.sequences.num_steps + 1, device="cpu").expand(self.sequences.num_sequences, -1)
         for site in {**self.filtered, **self.smoothed}:
             columns = {}
             for what, found in (("filtered", self.filtered), ("smoothed", self.smoothed)):
                 if site in found:
                     columns |= {f"{what}_mean": found[site].mean, f"{what}_std": found[site].std}
-            frames.append(_table(site, columns, times, self.sequences.active))
+            frames.append(_table(site, columns, _times(self.sequences), self.sequences))
         return pd.concat(frames, ignore_index=True)
 
     def to_arviz(self, num_samples: int = 500) -> Any:
@@ -222,7 +285,12 @@ def _check_levels(q: float | list[float]) -> None:
         raise ValueError(f"q={q}: quantiles are between 0 and 1")
 
 
-def _table(site: str, columns: Mapping[str, Tensor], times: Tensor, active: Tensor | None = None) -> pd.DataFrame:
+def _times(sequences: Sequences) -> Tensor:
+    """``(B, T)`` 1-based times, zero past a sequence's end."""
+    return (torch.arange(1, sequences.num_steps + 1, device=sequences.device) * sequences.active).cpu()
+
+
+def _table(site: str, columns: Mapping[str, Tensor], times: Tensor, sequences: Sequences | None) -> pd.DataFrame:
     head = next(iter(columns.values()))
     batch, steps = head.shape[:2]
     width = int(np.prod(head.shape[2:], dtype=int))
@@ -230,4 +298,8 @@ def _table(site: str, columns: Mapping[str, Tensor], times: Tensor, active: Tens
     frame = pd.DataFrame({"sequence": index[0], "time": times.cpu().numpy()[index[0], index[1]], "site": site,
                           "entry": index[2],
                           **{name: value.detach().cpu().numpy().reshape(-1) for name, value in columns.items()}})
-    return frame if active is None else frame[active.cpu().numpy()[index[0], index[1]]].reset_index(drop=True)
+    if sequences is not None and sequences.index:
+        labels = [sequences.labels(b, row.clamp(min=1)) for b, row in enumerate(times.cpu())]
+        if all(found is not None for found in labels):
+            frame.insert(2, "index", np.concatenate([np.repeat(found, width) for found in labels]))
+    return frame[frame["time"] > 0].reset_index(drop=True)

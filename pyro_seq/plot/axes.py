@@ -6,8 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-__all__ = ["finish", "named", "new_axes", "numbers", "require_axes"]
+from pyro_seq.sequences import Sequences
+
+__all__ = ["finish", "named", "new_axes", "numbers", "one_entry", "require_axes", "time_axis",
+           "time_ticks"]
 
 
 def new_axes(ax: Any, *shape: int, **options: Any) -> Any:
@@ -40,9 +44,37 @@ def numbers(value: Any) -> np.ndarray:
     return np.asarray(value, dtype=float)
 
 
+def one_entry(value: Any, entry: int, name: str) -> np.ndarray:
+    """``(T,)`` of one entry of frames ``(T, ...)``."""
+    value = numbers(value)
+    value = value.reshape(len(value), -1)
+    if not 0 <= entry < value.shape[1]:
+        raise ValueError(f"entry={entry}: a frame of {name!r} has {value.shape[1]}, counted from 0")
+    return value[:, entry]
+
+
+def time_axis(sequences: Sequences | None, sequence: int, times: np.ndarray) -> Any:
+    """1-based times as the data's own index calls them, where it had one."""
+    labels = None if sequences is None else sequences.labels(sequence, times)
+    if labels is None:
+        return times
+    return (labels.to_timestamp() if isinstance(labels, pd.PeriodIndex) else labels).to_numpy()
+
+
+def time_ticks(ax: Any) -> None:
+    """Whole numbers below, or dates that do not run into each other."""
+    from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+
+    locator = ax.xaxis.get_major_locator()
+    if isinstance(locator, AutoDateLocator):
+        ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+    else:
+        locator.set_params(integer=True)
+
+
 def finish(ax: Any, names: Sequence[str]) -> None:
-    """An open frame, whole numbers below, and a legend where there is something to tell apart."""
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    """An open frame, time below, and a legend where there is something to tell apart."""
+    time_ticks(ax)
     ax.spines[["top", "right"]].set_visible(False)
     if any(names):
         ax.legend(frameon=False)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pyro_seq.infer.posterior import EXACT, Posterior
-from pyro_seq.plot.axes import new_axes
+from pyro_seq.plot.axes import new_axes, time_axis, time_ticks
 
 __all__ = ["plot_comparison", "plot_posterior"]
 
@@ -25,14 +25,18 @@ def _line(posterior: Posterior, site: str | None, sequence: int) -> tuple[str, s
     steps = int(posterior.sequences.lengths[sequence])
     mean = moments.mean[sequence, :steps].reshape(steps, -1)[:, 0].cpu().numpy()
     std = moments.std[sequence, :steps].reshape(steps, -1)[:, 0].cpu().numpy()
-    return site, "filtered" if site in posterior.filtered else "smoothed", np.arange(1, steps + 1), mean, std
+    return site, "filtered" if site in posterior.filtered else "smoothed", _axis(posterior, sequence, steps), mean, std
+
+
+def _axis(posterior: Posterior, sequence: int, steps: int) -> Any:
+    return time_axis(posterior.sequences, sequence, np.arange(1, steps + 1))
 
 
 def _data(ax: Any, posterior: Posterior, sequence: int, like: np.ndarray) -> None:
     for name, value in posterior.sequences.x.items():
         series = value[sequence, :len(like)].reshape(len(like), -1).cpu().numpy()
         if series.shape[1] == 1:
-            ax.plot(np.arange(1, len(like) + 1), series[:, 0], ".", color="0.5", markersize=4, label=f"data {name}")
+            ax.plot(_axis(posterior, sequence, len(like)), series[:, 0], ".", color="0.5", markersize=4, label=f"data {name}")
 
 
 def plot_posterior(posterior: Posterior, site: str | None = None, sequence: int = 0, ax: Any = None) -> Any:
@@ -48,6 +52,7 @@ def plot_posterior(posterior: Posterior, site: str | None = None, sequence: int 
     ax.plot(times, mean, color="C0", label=f"{what} mean of {site}")
     ax.fill_between(times, mean - _BAND * std, mean + _BAND * std, color="C0", alpha=0.2, linewidth=0, label="90 %")
     ax.set(xlabel="time", ylabel=site, title=f"{posterior.method}")
+    time_ticks(ax)
     ax.legend(frameon=False)
     return ax
 
@@ -81,6 +86,7 @@ def _estimates(ax: Any, posteriors: Mapping[str, Posterior], site: str | None, s
             ax.set(xlabel="time", title=f"Estimates of {site_here}")
         ax.plot(times, mean, color=f"C{i}", label=f"{name}, {what}", **style)
     ax.margins(x=0.01)
+    time_ticks(ax)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize="small", ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
 
