@@ -307,6 +307,41 @@ def test_kinds(name):
     assert repr(found).startswith(type(found.model).__name__) and "<table>" in found._repr_html_()
 
 
+RUN = {**dict.fromkeys(["KalmanFilter", "ForwardBackward", "ExactLikelihood", "ExtendedKalmanFilter", "UnscentedKalmanFilter",
+                        "EnsembleKalmanFilter"], {}),
+       **dict.fromkeys(["RaoBlackwellisedFilter", "ParticleFilter"], {"num_particles": 3})}
+
+
+@pytest.mark.filterwarnings("ignore:global parameters")
+@pytest.mark.parametrize("name", TABLE)
+def test_what_is_said_to_apply_does(name):
+    """Every method runs on every model to which it is said to apply, and refuses the others."""
+    build, arguments, _, _ = TABLE[name]
+    model = build()
+    found = seq.inspect(model, **arguments)
+    covariates = {k: v for k, v in arguments.items() if k != "x"}
+    x = arguments["x"] if "x" in arguments else torch.randn(2, 5) if name == "diffuse start" else (
+        model.simulate([5, 5], **covariates)["x"])
+    for method, options in RUN.items():
+        if not hasattr(seq, method):
+            continue
+        if found.applies(method):
+            assert getattr(seq, method)(model, **options).run(x, **covariates).log_evidence.isfinite().all(), method
+        else:
+            with pytest.raises((ValueError, TypeError)):
+                getattr(seq, method)(model, **options).run(x, **covariates)
+    if model.global_sites():
+        assert "global_guide" in found.why("FilteringGuide")
+        return
+    for guide in (seq.FilteringGuide, seq.AmortizedVariationalFilter):
+        like = seq.Sequences.of(x, covariates=covariates)
+        if found.applies(guide.__name__):
+            assert math.isfinite(seq.SequentialELBO().loss(model, guide(model, like=like), x, **covariates))
+        else:
+            with pytest.raises((ValueError, TypeError)):
+                seq.SequentialELBO().loss(model, guide(model, like=like), x, **covariates)
+
+
 def test_what_is_said():
     """Linear at the points tested, one line per site, one per method; the randomness of the caller is left alone."""
     model, before = ZeroWeights(), torch.get_rng_state()

@@ -198,6 +198,30 @@ def test_less_variance_than_the_bootstrap_filter():
     assert crude / exact > 4, (crude / exact).item()
 
 
+def test_short_sequences_and_frames_alone():
+    """Sequences of one frame beside longer ones; a model without a state."""
+    model = Switching(regimes=1)
+    x = torch.randn(3, 4, 2)
+    found = seq.RaoBlackwellisedFilter(model, 2).run(x, [1, 4, 2])
+    exact = seq.KalmanFilter(GivenPath()).run(x, [1, 4, 2], k=torch.zeros(3, 4, dtype=torch.long))
+    torch.testing.assert_close(found.log_evidence, exact.log_evidence)
+    frames = seq.RaoBlackwellisedFilter(Frames(), 2).run(x[..., 0], [1, 4, 2])
+    expected = dist.Normal(0.0, math.sqrt(2)).log_prob(x[..., 0]) * frames.sequences.active
+    torch.testing.assert_close(frames.log_evidence_by_step, expected)
+
+
+class Frames(seq.SequentialModel):
+    """Independent frames."""
+
+    def start(self, rows):
+        return ()
+
+    def step(self, state, x=None):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        return ()
+
+
 def test_batch_padding_and_covariates():
     """A sequence's exact parts do not depend on the batch it is in: one regime, garbage past the ends, a covariate."""
     model, u = Switching(regimes=1), torch.randn(3, 6)

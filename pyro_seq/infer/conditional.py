@@ -24,14 +24,16 @@ from pyro_seq.engine.families import in_support, sample
 from pyro_seq.engine.sites import Proposal, Site, StepSites
 from pyro_seq.engine.state import State, leaves, map_state
 from pyro_seq.infer.linear import SCALES, _moments
+from pyro_seq.module import accepted
 from pyro_seq.sequences import Frame, Sequences, repeat_rows
 
 __all__ = ["Marginalised", "Split", "find_split", "innermost", "is_gaussian", "marginalise", "spread"]
 
 _LOG_2PI = math.log(2 * math.pi)
 _DUE = frozenset({1, *(2 * 4**k for k in range(20))})
-"""Times at which linearity is tested anew, at the conditioning latents that the particles have there."""
-_TESTED_ROWS = 512
+"""Times at which linearity is tested anew, at the conditioning latents that the particles have there; all of them where the
+step reads the time or covariates."""
+_TESTED_ROWS = 256
 _COPIES = 8
 
 
@@ -428,49 +430,68 @@ def find_split(model: Any, sequences: Sequences, marginal: Iterable[str], condit
 
     :param model: a declared model, entered.
     """
-    marginal, conditioning = tuple(marginal), tuple(conditioning)
+    split, kind = Split(tuple(conditioning), tuple(marginal), ()), type(model).__name__
     frames = list(_copies(model, sequences).packed.frames(1, 1, min(2, sequences.num_steps)))
-    masks: tuple[Tensor, ...] = ()
-    state, frame, names = model.begin(frames[0]), frames[0], set(marginal)
+    frame, state, masks = frames[0], model.begin(frames[0]), None
     if state is not None:
         masks = tuple(torch.zeros(leaf[0].numel(), dtype=torch.bool, device=frame.device) for leaf in leaves(state))
+        split = split._replace(masks=masks)
     while True:
-        with pyro.settings.context(validate_distributions_torch=False):
-            visit = spread(frame)
-            with StepSites(frame, lambda name, p, f=frame, v=visit: (None, _origin(p, f.device)) if name in names else v(name, p)
-                           ) as at:
-                after = model.apply(state, frame)
-            values = {n: torch.randn_like(s.value) if n in names or s.observed else s.value for n, s in at.sites.items()
-                      if not s.observed or is_gaussian(s.p)}
-            split = Split(conditioning, marginal, masks)
-            moved = split.take(state, frame.rows, frame.device) if state is not None else None
-            other = state if moved is None else split.put(state, moved + torch.randn_like(moved))
-            with StepSites(frame, values=values) as _:
-                elsewhere = model.apply(other, frame)
-        for name in marginal:
-            if name not in at.latents:
-                raise ValueError(f"{type(model).__name__} has no latent site {name!r} at time {frame.t}; it has "
-                                 f"{list(at.latents)}")
-            require_marginal(name, at.sites[name].p, type(model).__name__)
-        found = []
-        for a, b in zip(leaves(after), leaves(elsewhere), strict=True):
-            differs = ~((a == b) | (a != a) & (b != b)).reshape(frame.rows, -1).all(0)
-            if not a.is_floating_point() and differs.any():
-                raise ValueError(f"{type(model).__name__} carries a state of type {a.dtype} that depends on "
-                                 f"{list(marginal)}, which are to be marginalised: that is not Gaussian")
-            found.append(differs)
-        first = not masks
-        new = tuple(found) if first else tuple(a | b for a, b in zip(masks, found, strict=True))
-        grown = first or any(not torch.equal(a, b) for a, b in zip(masks, new, strict=True))
-        masks, state = new, after
-        if len(frames) == 1 or not grown and frame is not frames[0]:
-            return Split(conditioning, marginal, masks)
+        sites, after = _at_origin(model, split, state, frame)
+        for name in split.marginal:
+            if name not in sites or sites[name].observed:
+                raise ValueError(f"{kind} has no latent site {name!r} at time {frame.t}; it has {list(sites)}")
+            require_marginal(name, sites[name].p, kind)
+        elsewhere = _moved(model, split, state, frame, sites)
+        found = tuple(_differs(a, b) for a, b in zip(leaves(after), leaves(elsewhere), strict=True))
+        for leaf, differs in zip(leaves(after), found):
+            if not leaf.is_floating_point() and differs.any():
+                raise ValueError(f"{kind} carries a state of type {leaf.dtype} that depends on {list(split.marginal)}, which "
+                                 "are to be marginalised: that is not Gaussian")
+        known = masks is not None and not any(bool((b & ~a).any()) for a, b in zip(masks, found, strict=True))
+        masks = found if masks is None else tuple(a | b for a, b in zip(masks, found, strict=True))
+        split = split._replace(masks=masks)
+        if len(frames) == 1 or known and frame is frames[1]:
+            return split
         frame = frames[1]
+        state = map_state(lambda leaf: leaf[:frames[1].rows], after)
+
+
+def _at_origin(model: Any, split: Split, state: State, frame: Frame) -> tuple[dict[str, Site], State]:
+    """A step with marginal sites at zero and the others wherever they may be."""
+    visit = spread(frame)
+
+    def propose(name: str, p: Distribution) -> tuple[None, Tensor]:
+        return (None, _origin(p, frame.device)) if name in split.marginal else visit(name, p)
+
+    with pyro.settings.context(validate_distributions_torch=False), StepSites(frame, propose) as step:
+        after = model.apply(state, frame)
+    return step.sites, after
+
+
+def _moved(model: Any, split: Split, state: State, frame: Frame, sites: dict[str, Site]) -> State:
+    """The state after the same step with all that is marginal elsewhere: sites, entries of the state, gaps."""
+    values = {name: torch.randn_like(site.value) if name in split.marginal or site.observed else site.value
+              for name, site in sites.items() if not site.observed or is_gaussian(site.p)}
+    if state is not None:
+        moved = split.take(state, frame.rows, frame.device)
+        state = split.put(state, moved + torch.randn_like(moved))
+    with pyro.settings.context(validate_distributions_torch=False), StepSites(frame, values=values):
+        return model.apply(state, frame)
+
+
+def _differs(a: Tensor, b: Tensor) -> Tensor:
+    """``(numel,)`` booleans: the entries of a row that differ in any."""
+    return ~((a == b) | (a != a) & (b != b)).reshape(len(a), -1).all(0)
+
+
+def _longest(sequences: Sequences) -> Sequences:
+    return sequences.select(sequences.lengths.argsort(descending=True, stable=True)[:4])
 
 
 def _copies(model: Any, sequences: Sequences) -> Sequences:
     """Some of the sequences, several times; without their data where gaps feed the state."""
-    some = sequences.select(range(min(4, sequences.num_sequences))).repeat(_COPIES)
+    some = _longest(sequences).repeat(_COPIES)
     if not (some.has_missing and model.missing_feeds_state):
         return some
     blank = {k: torch.full_like(v, torch.nan) if v.is_floating_point() else v for k, v in some.x.items()}
@@ -531,9 +552,11 @@ def _latents(model: Any, sequences: Sequences) -> dict[str, list[Distribution]]:
 def _tested(model: Any, sequences: Sequences, names: tuple[str, ...], latents: dict[str, Any], steps: int) -> Marginalised:
     split = find_split(model, sequences, names, tuple(n for n in latents if n not in names))
     found, state = Marginalised(model, split, always=True), None
-    some = sequences.select(range(min(4, sequences.num_sequences))).repeat(_COPIES)
+    some = _longest(sequences).repeat(_COPIES)
     for frame in some.packed.frames(1, 1, min(steps, sequences.num_steps)):
         state = map_state(lambda leaf, n=frame.rows: leaf[:n], state)
         with StepSites(frame, spread(frame)):
             state = found.apply(state, frame)
-    return Marginalised(model, split)
+    reads = [accepted(method, positional) for method, positional in model.methods()]
+    varies = any(names & {"t", *sequences.covariates} or anything and sequences.covariates for names, _, anything in reads)
+    return Marginalised(model, split, always=varies)

@@ -222,7 +222,7 @@ class _Cloud:
         """A sampler of the final state of each sequence, over all runs. ``share`` is each run's part, ``(R, B)``."""
         states = map_state(lambda *parts: torch.cat(parts), *(state for state, _ in self.ended))
         weights = self.packed.unsort(torch.cat([w for _, w in self.ended]))
-        states = map_state(lambda leaf: self.packed.unsort(leaf.reshape(-1, self.particles, *leaf.shape[1:])), states)
+        states = map_state(lambda leaf: self.packed.unsort(leaf.reshape(*weights.shape, *leaf.shape[1:])), states)
         runs, batch = share.shape
         pooled = (weights.reshape(runs, batch, -1) * share[..., None]).transpose(0, 1).reshape(batch, -1)
 

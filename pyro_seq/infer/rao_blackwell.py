@@ -29,7 +29,8 @@ class RaoBlackwellisedFilter:
     weighed by the density of the frame with z integrated out, :math:`p(x_t \mid c_{1:t}, x_{1:t-1})`. The evidence estimate is
     unbiased, as :class:`~pyro_seq.ParticleFilter`'s, and its variance is smaller at equal ``num_particles`` (Rao and
     Blackwell); the filtered moments of z are those of the mixture of Gaussians. The declared step is run at zero and along
-    each coordinate of the linear part, at each particle's own c, and tested for linearity at times 1, 2, 8, 32, ...
+    each coordinate of the linear part, at each particle's own c, and tested for linearity at times 1, 2, 8, 32, ...,
+    or at all of them where it reads the time or covariates.
 
     Missing frames and entries are integrated out exactly, also where the state reads them.
 

@@ -145,8 +145,8 @@ def inspect(model: Any, x: Any = None, lengths: Any = None, *, mask: Any = None,
     parameters; what is found is said to be found *at the points tested*.
 
     :param model: a declared model.
-    :param x: data as accepted by :meth:`pyro_seq.Sequences.of`; a short series is drawn from the model when omitted. Up to four
-        sequences and fifty steps are used.
+    :param x: data as accepted by :meth:`pyro_seq.Sequences.of`; a short series is drawn from the model when omitted. Fifty
+        steps of the four longest sequences are used.
     :param lengths: ``(B,)`` integers.
     :param mask: True where observed.
     :param assume: ``"linear-Gaussian"`` takes the user's word for it, as ``KalmanFilter(model, assume_linear=True)`` does.
@@ -279,10 +279,12 @@ class _Inspection:
         if split is not None:
             given = f", draws {list(split.conditioning)}" if split.conditioning else "; one particle will do"
             remark = f"marginalises {list(split.marginal)}{given}"
+        globals = self.model.global_sites()
+        beside = f"with global_guide= for {globals}" if globals else ""
         rows = [("KalmanFilter", no_kalman, ""), ("ForwardBackward", no_tables, ""), ("ExactLikelihood", no_likelihood, ""),
                 *((f"{name}KalmanFilter", approximate, "") for name in ("Extended", "Unscented", "Ensemble")),
-                ("RaoBlackwellisedFilter", no_split, remark), ("ParticleFilter", drawn, ""), ("FilteringGuide", learned, ""),
-                ("AmortizedVariationalFilter", learned or refined, ""),
+                ("RaoBlackwellisedFilter", no_split, remark), ("ParticleFilter", drawn, ""), ("FilteringGuide", learned, beside),
+                ("AmortizedVariationalFilter", learned or refined, beside),
                 ("SequentialELBO", None if names else "there is no latent site to bound over: maximise the likelihood", "")]
         return tuple(Applies(name, reason is None, remark if reason is None else reason) for name, reason, remark in rows)
 
@@ -417,8 +419,8 @@ class _Inspection:
 
 
 def _some(sequences: Sequences) -> Sequences:
-    """Up to four sequences and fifty steps."""
-    some, steps = sequences.select(range(min(4, sequences.num_sequences))), _TESTED_STEPS
+    """The longest four sequences, and fifty steps of them."""
+    some, steps = sequences.select(sequences.lengths.argsort(descending=True, stable=True)[:4]), _TESTED_STEPS
 
     def cut(values: Any) -> dict[str, Tensor]:
         return {k: v[:, :steps] for k, v in values.items()}
