@@ -306,16 +306,16 @@ def test_single_precision():
 
 
 class Gated(seq.SequentialModel):
-    """Linear until time 8."""
+    """Linear until time 8, as a count in its state knows."""
 
     def start(self, rows):
-        return torch.zeros(rows)
+        return torch.zeros(rows, 2)
 
-    def step(self, h, t, x=None):
+    def step(self, h, x=None):
         k = pyro.sample("k", dist.Bernoulli(0.5))
-        z = pyro.sample("z", dist.Normal(h, 1.0 + k))
-        pyro.sample("x", dist.Normal(torch.where(t < 8, z, z**2), 1.0), obs=x)
-        return z
+        z = pyro.sample("z", dist.Normal(h[:, 0], 1.0 + k))
+        pyro.sample("x", dist.Normal(torch.where(h[:, 1] < 7, z, z**2), 1.0), obs=x)
+        return torch.stack([z, h[:, 1] + 1], -1)
 
 
 class Recurrent(seq.SequentialModel):
