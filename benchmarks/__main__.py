@@ -14,7 +14,7 @@ from pathlib import Path  # noqa: E402
 import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 
-from benchmarks import elbo, filters  # noqa: E402
+from benchmarks import elbo, filters, hmm, kalman  # noqa: E402
 
 __all__ = ["main"]
 
@@ -41,7 +41,10 @@ def main() -> None:
         found = filters.run(count, max(3, options.rounds if count < 1_000_000 else options.rounds // 2))
         table += rows(f"bootstrap filter, N = {count}", found, "float32")
         evidences[count] = {k.removeprefix("log evidence, "): v for k, v in found.items() if k.startswith("log evidence")}
-    frame = pd.DataFrame(table)
+    for batch in (1, 1000):
+        for task, found in kalman.run(batch, options.rounds).items():
+            table += rows(f"Kalman filter, {task}, {batch} series", found, "KalmanFilter")
+    frame = pd.concat([pd.DataFrame(table), hmm.main(options.rounds)], ignore_index=True)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     frame.to_csv(options.output, index=False, float_format="%.4g")
     print(frame.to_string(index=False, float_format=lambda v: f"{v:.4g}"))

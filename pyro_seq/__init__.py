@@ -13,17 +13,20 @@ from pyro_seq.infer.compare import compare
 from pyro_seq.infer.elbo import SequentialELBO
 from pyro_seq.infer.hmm import ForwardBackward
 from pyro_seq.infer.kalman import GaussianPosterior, KalmanFilter
+from pyro_seq.infer.likelihood import ExactLikelihood
 from pyro_seq.infer.naive import Naive
 from pyro_seq.infer.particle_filter import ParticleFilter
 from pyro_seq.infer.posterior import Posterior
 from pyro_seq.infer.rao_blackwell import RaoBlackwellisedFilter
 from pyro_seq.infer.structure import Structure, exact, inspect
 from pyro_seq.infer.variational import Variational
-from pyro_seq.model import SequentialModel, StateSpaceModel
+from pyro_seq.model import AutoregressiveModel, SequentialModel, StateSpaceModel
 from pyro_seq.sequences import Sequences
 
 __all__ = [
     "AmortizedVariationalFilter",
+    "AutoregressiveModel",
+    "ExactLikelihood",
     "FilteringGuide",
     "ForwardBackward",
     "GaussianPosterior",

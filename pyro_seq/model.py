@@ -16,7 +16,7 @@ from pyro_seq.engine.unroll import unroll
 from pyro_seq.module import SequentialModule, accepted, own_parameters
 from pyro_seq.sequences import Frame, Sequences
 
-__all__ = ["SequentialModel", "StateSpaceModel"]
+__all__ = ["AutoregressiveModel", "SequentialModel", "StateSpaceModel"]
 
 
 class SequentialModel(SequentialModule):
@@ -134,7 +134,11 @@ class SequentialModel(SequentialModule):
     def advance_from(self, state: State, z: dict[str, Tensor], frame: Frame) -> State:
         """The next state by :meth:`advance`."""
         x = frame.x["x"] if list(frame.x) == ["x"] else dict(frame.x)
-        return self.advance(state, z, x, **self._inputs(self.advance, frame, 3))
+        return self.advance(state, z, x, **self._inputs(self.advance, frame._replace(x={}), 3))
+
+    def has_contexts(self) -> bool:
+        """Whether all steps can be scored at once, without a loop: an :class:`AutoregressiveModel`."""
+        return False
 
     def can_draw_latents(self) -> bool:
         """Whether :meth:`draw_latents` costs less than a whole step."""
@@ -290,3 +294,59 @@ class StateSpaceModel(SequentialModel):
         if state is None:
             return self._returned(self.initial(**self._inputs(self.initial, frame, 0)), "initial")
         return self._returned(self.transition(state, **self._inputs(self.transition, frame, 1)), "transition")
+
+
+class AutoregressiveModel(SequentialModel):
+    r"""A model without latents, :math:`p(x_{1:T}) = \prod_t p(x_t \mid x_{<t})`, that scores all steps at once.
+
+    Subclasses write :meth:`start` and :meth:`step`, as for any :class:`SequentialModel`, which draw one frame after the other.
+    Beside them stand :meth:`contexts`, a causal network applied to whole sequences, and :meth:`emission`, which score data in
+    one call. The two pairs say the same of the data.
+
+    Example, an autoregression of order one::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> import pyro_seq as seq
+        >>> class Autoregression(seq.AutoregressiveModel):
+        ...     def start(self, rows):
+        ...         return torch.zeros(rows)
+        ...     def step(self, last, x=None):
+        ...         return self.emission(last, x)
+        ...     def contexts(self, last, x, lengths):
+        ...         final = x[:, -1] if lengths is None else x[torch.arange(len(x)), lengths - 1]
+        ...         return torch.cat([last[:, None], x[:, :-1]], 1), final
+        ...     def emission(self, last, x=None):
+        ...         return pyro.sample("x", dist.Normal(0.9 * last, 1.0), obs=x)
+        >>> seq.ExactLikelihood(Autoregression()).run(torch.tensor([1.0, 0.9])).log_evidence_by_step
+        tensor([[-1.4189, -0.9189]])
+    """
+
+    def contexts(self, state: State, x: Tensor | dict[str, Tensor], lengths: Tensor | None, **inputs: Tensor
+                 ) -> tuple[State, State]:
+        """What :meth:`emission` reads at each of many steps.
+
+        :param state: before the first of the steps, ``(B, ...)``.
+        :param x: the data ``(B, T, ...)`` of all of the steps, zero where missing; the context of a step depends on the frames
+            before it alone.
+        :param lengths: ``(B,)`` of each sequence; ``None`` for ``T`` each.
+        :param inputs: covariates ``(B, T, ...)`` and the time ``t`` ``(B, T)``, where the signature names them.
+        :returns: the contexts ``(B, T, ...)``, and the state after each sequence's last frame, ``(B, ...)``.
+        """
+        raise TypeError(f"{type(self).__name__} does not define contexts(self, state, x, lengths), what is known at "
+                        "every step of the past: without it, declare a SequentialModel")
+
+    def emission(self, context: State, **inputs: Tensor) -> Any:
+        """Observe the data of a step given its context, ``(rows, ...)``."""
+        raise TypeError(f"{type(self).__name__} does not define emission(self, context, x=None), which observes the data")
+
+    def has_contexts(self) -> bool:
+        return True
+
+    def contexts_of(self, state: State, frames: Frame, lengths: Tensor | None) -> tuple[State, State]:
+        """:meth:`contexts` of frames of many times, ``(B, T, ...)``."""
+        x = frames.x["x"] if list(frames.x) == ["x"] else dict(frames.x)
+        return self.contexts(state, x, lengths, **self._inputs(self.contexts, frames._replace(x={}), 3))
+
+    def apply_emission(self, context: State, frame: Frame) -> None:
+        """Run :meth:`emission` on flat rows, under whatever messenger is active."""
+        self.emission(context, **self._inputs(self.emission, frame, 1))

@@ -355,14 +355,42 @@ class Packed:
                 sequence if count == batch else sequence[:count * num_particles], t == 1, rows(observed), device,
                 self.sequences)
 
+    def by_row(self, value: Tensor, start: int = 1) -> Tensor:
+        """``(n, T, ...)`` from step ``start`` on, of at least the sequences that run there, in packed order: as rows of all
+        steps, one step after the other."""
+        stop, value = start - 1 + value.shape[1], value.transpose(0, 1)
+        full = all(count == value.shape[1] for count in self.counts[start - 1:stop])
+        return value.flatten(0, 1) if full else value[self.running[start - 1:stop, :value.shape[1]]]
+
+    def by_time(self, rows: Tensor, start: int = 1, stop: int | None = None, num_particles: int = 1) -> Tensor:
+        """The reverse: rows ``(n,)`` as ``(T, B, N)`` in packed order, with zeros past the sequences' ends."""
+        running = self.running[start - 1:stop]
+        out = rows.new_zeros(*running.shape, num_particles)
+        return out.masked_scatter(running[..., None].expand_as(out), rows)
+
+    def block(self, start: int, stop: int) -> tuple[Frame, Tensor | None]:
+        """The data of steps ``start..stop`` (1-based, inclusive) of the sequences that run at ``start``, ``(n, T, ...)``, zero
+        where missing, and their lengths there, ``None`` if all are the same."""
+        count = self.counts[start - 1]
+
+        def part(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {k: first_rows(v, count)[:, start - 1:stop] for k, v in values.items()}
+
+        observed = part(self.observed)
+        x = {k: v.nan_to_num() if v.is_floating_point() else v * observed[k] if k in observed else v
+             for k, v in part(self.x).items()}
+        times = torch.arange(start, stop + 1, device=self.sequences.device).expand(count, -1)
+        lengths = None if self.counts[stop - 1] == count else (
+            self.sequences.lengths[self.order[:count]].clamp(max=stop) - start + 1)
+        return Frame(times, count, x, part(self.covariates), any(self.missing[start - 1:stop]), self.order[:count], start == 1,
+                     observed, self.sequences.device, self.sequences), lengths
+
     def flat(self, start: int, stop: int, num_particles: int = 1) -> Frame:
         """One frame with the rows of steps ``start..stop`` (1-based, inclusive) one step after the other."""
         running = self.running[start - 1:stop]
-        full = all(count == self.sequences.num_sequences for count in self.counts[start - 1:stop])
 
         def rows(value: Tensor) -> Tensor:
-            value = value[:, start - 1:stop].transpose(0, 1)
-            return repeat_rows(value.flatten(0, 1) if full else value[running], num_particles)
+            return repeat_rows(self.by_row(value[:, start - 1:stop], start), num_particles)
 
         times = torch.arange(start, stop + 1, device=self.sequences.device)[:, None].expand(running.shape)[running]
         order = self.order.expand(running.shape)[running]

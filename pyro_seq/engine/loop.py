@@ -186,7 +186,8 @@ def _draw_step(model: Any, guide: Any, state: State, frame: Frame, encoding: Any
     """
     proposal = guide.propose(state, frame, encoding)
     gaps = frame.missing and model.missing_feeds_state
-    if plan.seen >= 2 and not gaps and not guide.reads_prior and (plan.state_is_latent or model.has_advance()):
+    reads_prior = guide.reads_prior and plan.latents
+    if plan.seen >= 2 and not gaps and not reads_prior and (plan.state_is_latent or model.has_advance()):
         sites = {}
         for name in plan.latents:
             q, value = proposal(name, None)

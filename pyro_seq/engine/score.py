@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
 from pyro_seq.engine.families import concatenate
-from pyro_seq.engine.loop import Checked, Step
+from pyro_seq.engine.loop import Checked, Step, Window
 from pyro_seq.engine.missing import score_entries
 from pyro_seq.engine.sites import Site, StepSites
-from pyro_seq.engine.state import join_states
-from pyro_seq.sequences import Packed
+from pyro_seq.engine.state import check_state, join_states, map_state
+from pyro_seq.sequences import Packed, Sequences, first_rows
 
-__all__ = ["Term", "scores_in_one_call", "stepwise_terms", "terms"]
+__all__ = ["Term", "score_contexts", "scores_in_one_call", "stepwise_terms", "terms"]
 
 _RANDOM_OR_BATCHED = (
     torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._BatchNorm, torch.nn.RReLU)
@@ -77,6 +77,28 @@ def terms(model: Any, packed: Packed, steps: list[Step], num_particles: int, ana
                 drawn = [] if site.observed else [step.sites[name] for step in part]
                 found.setdefault(name, []).append(_term(site, drawn, analytic_kl, model.missing_feeds_state))
     return [_join(parts) for parts in found.values()]
+
+
+def score_contexts(model: Any, sequences: Sequences, window: Window) -> Step:
+    """All steps of a window, of a model that has contexts, as one: its rows are those of all times, and its states, before and
+    after each sequence's frames, those of the sequences.
+
+    Nothing is drawn: a missing entry contributes nothing, and what is read of it after is of no meaning.
+    """
+    model.check_inputs(sequences)
+    packed, name = sequences.packed, type(model).__name__
+    block, lengths = packed.block(window.start, window.stop)
+    state = model.begin(block) if block.first else map_state(lambda leaf: first_rows(leaf, block.rows), window.state)
+    contexts, after = model.contexts_of(state, block, lengths)
+    check_state(contexts, block.rows, f"{name}.contexts")
+    check_state(after, block.rows, f"{name}.contexts", state)
+    frame = packed.flat(window.start, window.stop)
+    with StepSites(frame) as scored:
+        model.apply_emission(map_state(lambda leaf: packed.by_row(leaf, window.start), contexts), frame)
+    if latent := [key for key, site in scored.sites.items() if not site.observed]:
+        raise ValueError(f"site {latent[0]!r} of {name} is not observed by its emission: a model with contexts has no "
+                         f"latents. Pass obs={latent[0]} if it is data, or define step and advance alone")
+    return Step(frame, scored.sites, state, after, None, None, None)
 
 
 def stepwise_terms(model: Any, steps: list[Step], analytic_kl: bool) -> list[Term]:

@@ -10,11 +10,11 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_seq.engine.handlers import look_around
-from pyro_seq.engine.loop import Step, Window, forward
-from pyro_seq.engine.score import Term, scores_in_one_call, stepwise_terms, terms
+from pyro_seq.engine.loop import Window, forward
+from pyro_seq.engine.score import Term, score_contexts, scores_in_one_call, stepwise_terms, terms
 from pyro_seq.engine.state import State
 from pyro_seq.module import own_parameters, require_count, require_guide, require_model
-from pyro_seq.sequences import Sequences
+from pyro_seq.sequences import Frame, Packed, Sequences
 
 __all__ = ["SequentialELBO"]
 
@@ -135,40 +135,44 @@ class SequentialELBO(ELBO):
                              f"{type(model).__name__} has dropout or batch normalisation in training mode, or comes from "
                              "from_pyro. Use preset='default'")
         whole = window.stop - window.start + 1 == sequences.num_steps
-        steps = list(forward(model, guide, sequences, self.num_particles, score=not one_call,
-                             window=None if whole else window))
-        found = (terms(model, sequences.packed, steps, self.num_particles, self.analytic_kl) if one_call else
+        particles = self.num_particles
+        if model.has_contexts() and not (sequences.has_missing and model.missing_feeds_state):
+            particles = 1  # without latents all are the same
+            steps, one_call = [score_contexts(model, sequences, window)], False
+        else:
+            steps = list(forward(model, guide, sequences, particles, score=not one_call, window=None if whole else window))
+        found = (terms(model, sequences.packed, steps, particles, self.analytic_kl) if one_call else
                  stepwise_terms(model, steps, self.analytic_kl))
-        running = sequences.packed.running[window.start - 1:window.stop]
-        bound, surrogate = self._bound(found, running)
-        if not bool(bound.isfinite()):
-            raise ValueError(f"the bound is {bound.item()}: {_where_not_finite(found, steps, self.num_particles)}")
         auxiliary = [step.auxiliary.sum() for step in steps if step.auxiliary is not None]
+        bound, surrogate = self._bound(found, sequences.packed, window, particles)
+        if not bool(bound.isfinite()):
+            frame = sequences.packed.flat(window.start, window.stop, particles)
+            raise ValueError(f"the bound is {bound.item()}: {_where_not_finite(found, frame)}")
         objective = scale * surrogate - (scale * torch.stack(auxiliary).sum() if auxiliary else 0.0)
         value = scale * bound
-        share = len(steps) / sequences.num_steps
+        share = (window.stop - window.start + 1) / sequences.num_steps
         for term in _global_terms(model, guide_trace, model_trace):
             objective, value = objective + share * term, value + share * term
         # The value of the bound with the gradient of the objective.
         return -(value.detach() + objective - objective.detach()), steps[-1].state
 
-    def _bound(self, found: list[Term], running: Tensor) -> tuple[Tensor, Tensor]:
-        """``(bound, surrogate)``: the bound of the batch, and what to differentiate for its gradient.
-
-        :param running: ``(T, B)`` booleans.
-        """
+    def _bound(self, found: list[Term], packed: Packed, window: Window, particles: int) -> tuple[Tensor, Tensor]:
+        """``(bound, surrogate)``: the bound of the batch, and what to differentiate for its gradient."""
         total: Tensor | None = None
         for term in found:
             part = self._contribution(term)
             if part is not None:
                 total = part if total is None else total + part
         if total is None:
-            total = torch.zeros(int(running.sum()) * self.num_particles, device=running.device)
-        bound = surrogate = total.sum() / self.num_particles
+            total = torch.zeros(sum(packed.counts[window.start - 1:window.stop]) * particles, device=packed.sequences.device)
+        bound = surrogate = total.sum() / particles
         scores = [term.score_function for term in found if term.score_function is not None]
         if scores:
-            to_go = _by_time(total.detach(), running, self.num_particles).flip(0).cumsum(0).flip(0)
-            surrogate = surrogate + (_by_time(sum(scores), running, self.num_particles) * to_go).sum() / self.num_particles
+            def by_time(rows: Tensor) -> Tensor:
+                return packed.by_time(rows, window.start, window.stop, particles)
+
+            to_go = by_time(total.detach()).flip(0).cumsum(0).flip(0)
+            surrogate = surrogate + (by_time(sum(scores)) * to_go).sum() / particles
         return bound.detach(), surrogate
 
     def _contribution(self, term: Term) -> Tensor | None:
@@ -199,21 +203,12 @@ def _global_terms(model: Any, guide_trace: poutine.Trace, model_trace: poutine.T
     return found
 
 
-def _by_time(rows: Tensor, running: Tensor, num_particles: int) -> Tensor:
-    """Rows, step after step, as ``(T, B, N)`` with zeros past the sequences' ends."""
-    out = rows.new_zeros(*running.shape, num_particles)
-    return out.masked_scatter(running[..., None].expand_as(out), rows)
-
-
-def _where_not_finite(found: list[Term], steps: list[Step], num_particles: int) -> str:
+def _where_not_finite(found: list[Term], frame: Frame) -> str:
     for term in found:
         for what, value in (("model's", term.log_p), ("guide's", term.log_q)):
             if value is not None and not value.isfinite().all():
                 row = int((~value.isfinite()).nonzero()[0])
-                for step in steps:
-                    if row < step.frame.rows:
-                        return (f"at site {term.name!r}, time {step.frame.t}, sequence "
-                                f"{int(step.frame.sequence[row])}, the {what} log density is not finite. "
-                                "Look for a scale that underflows, data outside the support, or too large a step size")
-                    row -= step.frame.rows
+                return (f"at site {term.name!r}, time {int(frame.time[row])}, sequence {int(frame.sequence[row])}, the {what} "
+                        "log density is not finite. Look for a scale that underflows, data outside the support, or too large a "
+                        "step size")
     return "no single site is not finite; the sum overflows"

@@ -283,8 +283,8 @@ class _Inspection:
         beside = f"with global_guide= for {globals}" if globals else ""
         rows = [("KalmanFilter", no_kalman, ""), ("ForwardBackward", no_tables, ""), ("ExactLikelihood", no_likelihood, ""),
                 *((f"{name}KalmanFilter", approximate, "") for name in ("Extended", "Unscented", "Ensemble")),
-                ("RaoBlackwellisedFilter", no_split, remark), ("ParticleFilter", drawn, ""), ("FilteringGuide", learned, beside),
-                ("AmortizedVariationalFilter", learned or refined, beside),
+                ("RaoBlackwellisedFilter", no_split, remark), ("ParticleFilter", drawn, ""),
+                ("FilteringGuide", learned, beside), ("AmortizedVariationalFilter", learned or refined, beside),
                 ("SequentialELBO", None if names else "there is no latent site to bound over: maximise the likelihood", "")]
         return tuple(Applies(name, reason is None, remark if reason is None else reason) for name, reason, remark in rows)
 

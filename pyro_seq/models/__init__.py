@@ -1,8 +1,17 @@
 """Models of the literature, each a short declaration beside its published inference."""
 
 from pyro_seq.models.arima import ARIMA
+from pyro_seq.models.autoregressive import AutoregressiveNetwork, CausalConvolution, CausalTransformer, RecurrentNetwork
 from pyro_seq.models.dmm import AugmentedDeepMarkovModel, DeepMarkovModel, StructuredInference
 from pyro_seq.models.layers import match_marginals
+from pyro_seq.models.logistic import DiscretisedLogisticMixture
+from pyro_seq.models.outputs import (
+    BernoulliOutput,
+    CategoricalOutput,
+    LogisticMixtureOutput,
+    NormalOutput,
+    Output,
+)
 from pyro_seq.models.srnn import SRNN, SRNNInference
 from pyro_seq.models.structural import BasicStructural, LocalLevel, LocalLinearTrend, StructuralModel
 from pyro_seq.models.switching import MarkovSwitchingAutoregression
@@ -14,11 +23,21 @@ __all__ = [
     "SRNN",
     "VRNN",
     "AugmentedDeepMarkovModel",
+    "AutoregressiveNetwork",
     "BasicStructural",
+    "BernoulliOutput",
+    "CategoricalOutput",
+    "CausalConvolution",
+    "CausalTransformer",
     "DeepMarkovModel",
+    "DiscretisedLogisticMixture",
     "LocalLevel",
     "LocalLinearTrend",
+    "LogisticMixtureOutput",
     "MarkovSwitchingAutoregression",
+    "NormalOutput",
+    "Output",
+    "RecurrentNetwork",
     "SRNNInference",
     "StochasticVolatility",
     "StructuralModel",
