@@ -20,6 +20,8 @@ from pyro_seq.infer.likelihood import ExactLikelihood
 from pyro_seq.infer.naive import Naive
 from pyro_seq.infer.particle_filter import ParticleFilter
 from pyro_seq.infer.posterior import Posterior
+from pyro_seq.infer.rao_blackwell import RaoBlackwellisedFilter
+from pyro_seq.infer.structure import Structure, exact, inspect
 from pyro_seq.infer.unscented_kalman import UnscentedKalmanFilter
 from pyro_seq.infer.variational import Variational
 from pyro_seq.model import AutoregressiveModel, SequentialModel, StateSpaceModel
@@ -40,21 +42,25 @@ __all__ = [
     "ParticleFilter",
     "Posterior",
     "PriorGuide",
+    "RaoBlackwellisedFilter",
     "Sequences",
     "SequentialELBO",
     "SequentialGuide",
     "SequentialModel",
     "SmoothingGuide",
     "StateSpaceModel",
+    "Structure",
     "UnscentedKalmanFilter",
     "Variational",
     "backtest",
     "compare",
     "elbo_by_step",
     "evaluate",
+    "exact",
     "fit",
     "flows",
     "from_pyro",
+    "inspect",
     "reconstruct",
     "restore",
 ]

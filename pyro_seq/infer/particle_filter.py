@@ -88,6 +88,10 @@ class ParticleFilter:
         guide = PriorGuide(self.model) if self.guide is None else self.guide
         return entered(self.model, guide, sequences, lambda values: self._run(guide, sequences, values, watch))
 
+    def measured(self, step: Step) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """By latent site, what each particle says of it, ``(rows, ...)``: a value, and a variance about it if it has one."""
+        return {name: (site.value, None) for name, site in step.sites.items() if not site.observed}
+
     def _run(self, guide: Any, sequences: Sequences, parameters: dict[str, Tensor], watch: Stopwatch) -> Posterior:
         runs, batch, particles = self.num_runs, sequences.num_sequences, self.num_particles
         repeated = sequences.repeat(runs)
@@ -179,16 +183,17 @@ class _Cloud:
         self.log_mean = highest[:, 0] - self.weights.amax(-1).log() - math.log(self.particles)
         self.evidence.append(self.log_mean - self.base)
         self.effectives.append(self.effective)
-        for name, site in step.sites.items():
-            if site.observed:
-                continue
-            value = site.value.reshape(*log_weights.shape, -1)
+        for name, (value, spread) in self.method.measured(step).items():
+            shape = (log_weights.shape[0], *value.shape[1:])
+            value = value.reshape(*log_weights.shape, -1)
             value = value if value.is_floating_point() else value.to(log_weights.dtype)
-            mean = torch.bmm(self.weights[:, None], value)
-            variance = torch.bmm(self.weights[:, None], (value - mean).square_())
-            shape = (log_weights.shape[0], *site.value.shape[1:])
-            self.means.setdefault(name, []).append(mean.reshape(shape))
-            self.variances.setdefault(name, []).append(variance.reshape(shape))
+            weights = self.weights[:, None].to(value.dtype)
+            mean = torch.bmm(weights, value)
+            variance = torch.bmm(weights, (value - mean).square_())
+            if spread is not None:
+                variance = variance + torch.bmm(weights, spread.reshape(value.shape))
+            self.means.setdefault(name, []).append(mean.reshape(shape).to(log_weights.dtype))
+            self.variances.setdefault(name, []).append(variance.reshape(shape).to(log_weights.dtype))
         self.last = step.state
         if self.method.history:
             self.steps.append(step)
@@ -217,7 +222,7 @@ class _Cloud:
         """A sampler of the final state of each sequence, over all runs. ``share`` is each run's part, ``(R, B)``."""
         states = map_state(lambda *parts: torch.cat(parts), *(state for state, _ in self.ended))
         weights = self.packed.unsort(torch.cat([w for _, w in self.ended]))
-        states = map_state(lambda leaf: self.packed.unsort(leaf.reshape(-1, self.particles, *leaf.shape[1:])), states)
+        states = map_state(lambda leaf: self.packed.unsort(leaf.reshape(*weights.shape, *leaf.shape[1:])), states)
         runs, batch = share.shape
         pooled = (weights.reshape(runs, batch, -1) * share[..., None]).transpose(0, 1).reshape(batch, -1)
 
@@ -260,13 +265,30 @@ class _Cloud:
         found = []
         for step in self.steps:
             count = step.log_weights.shape[0]
-            value = step.sites[site].value
+            value, spread = self.method.measured(step)[site]
             value = value.reshape(count, self.particles, *value.shape[1:])
-            per = [torch.stack([weighed_quantile(v.to(levels), level.reshape(1), w, dim=0)[0]
-                                for level in levels.reshape(-1)]) for v, w in zip(value, step.log_weights, strict=True)]
+            if spread is None:
+                per = [torch.stack([weighed_quantile(v.to(levels), level.reshape(1), w, dim=0)[0]
+                                    for level in levels.reshape(-1)]) for v, w in zip(value, step.log_weights, strict=True)]
+            else:
+                weights, scale = step.log_weights.softmax(-1), spread.reshape(value.shape).sqrt()
+                per = [_mixture_quantile(w, m, s, levels) for w, m, s in zip(weights, value, scale, strict=True)]
             found.append(torch.stack(per))
         out = pad_rows(found, self.packed.counts, self.packed).movedim(2, 0)
         return out[0] if levels.dim() == 0 else out
+
+
+def _mixture_quantile(weights: Tensor, means: Tensor, scales: Tensor, levels: Tensor) -> Tensor:
+    """``(Q, ...)`` quantiles of a mixture of ``N`` Gaussians ``(N, ...)``, by bisection."""
+    levels = levels.reshape(-1, *(1,) * (means.dim() - 1))
+    low, high = (means - 40 * scales).amin(0), (means + 40 * scales).amax(0)
+    low, high = low.expand(levels.shape[0], *low.shape), high.expand(levels.shape[0], *high.shape)
+    for _ in range(64):
+        middle = (low + high) / 2
+        below = torch.special.ndtr((middle[:, None] - means) / scales.clamp(min=torch.finfo(scales.dtype).tiny))
+        share = torch.einsum("n,qn...->q...", weights.to(below), below)
+        low, high = torch.where(share < levels, middle, low), torch.where(share < levels, high, middle)
+    return ((low + high) / 2).to(levels)
 
 
 def _not_finite(batch: int, step: Step, highest: Tensor, log_weights: Tensor) -> str:
