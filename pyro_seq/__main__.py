@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pyro_seq.fit.commands import add_commands
 
@@ -35,14 +38,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.set_defaults(run=_demo)
     add_commands(commands)
     given = parser.parse_args(arguments)
+    before = signal.signal(signal.SIGTERM, _terminate) if threading.current_thread() is threading.main_thread() else None
     try:
         return given.run(given)
     except (ValueError, TypeError, OSError, ImportError) as error:  # what the user can mend, without a traceback
         print(f"pyro-seq: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("interrupted: the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
-        return 130
+        return 143 if isinstance(error, _Terminated) else 130
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came, which ends a run as Ctrl-C does."""
+
+
+def _terminate(*_: Any) -> None:
+    raise _Terminated
 
 
 def _at_least_one(text: str) -> int:

@@ -60,6 +60,7 @@ class SequentialModule(PyroModule):
         if self.__dict__["_values"] is not None:
             return fn(*args, **kwargs)
         self._refuse_collisions()
+        self._store_frozen()
         if globals is None:
             values = self._read()
         else:
@@ -97,6 +98,17 @@ class SequentialModule(PyroModule):
             raise TypeError(_NO_INIT.format(name=type(self).__name__))
         return {_store_name(self, self._pyro_name, prefix, name): value for prefix, module in self.named_modules()
                 for name, value in module.named_parameters(prefix="", recurse=False)}
+
+    def _store_frozen(self) -> None:
+        """Pyro's store turns on the gradient of a parameter that enters it: frozen ones enter here, and are frozen again."""
+        if all(p.requires_grad for p in self.parameters()) or pyro.settings.get("module_local_params"):
+            return
+        for prefix, module in self.named_modules():
+            if isinstance(module, PyroModule):  # those of plain modules do not enter when frozen
+                for name, value in module.named_parameters(recurse=False):
+                    if not value.requires_grad and not name.endswith("_unconstrained"):
+                        pyro.get_param_store().setdefault(_store_name(self, self._pyro_name, prefix, name), value)
+                        value.requires_grad_(False)
 
     def _refuse_collisions(self) -> None:
         """Two modules with one name would share, or silently never train, their parameters."""

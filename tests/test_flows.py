@@ -651,12 +651,18 @@ class NoEvent(DeepMarkov):
         return pyro.sample("x", dist.Normal(self.decoder(z), 1.0), obs=x)
 
 
+def used(model):
+    model.simulate([3])
+    return model
+
+
 MISTAKES = {
     "width is no integer": (lambda: affine_temporal_autoregressive(3.0), TypeError, "input_dim=3.0 is not an integer"),
     "width zero": (lambda: affine_temporal_autoregressive(0), ValueError, "input_dim=0; it is at least 1"),
     "lags zero": (lambda: affine_temporal_autoregressive(3, lags=0), ValueError, "lags=0; it is at least 1"),
     "own past without lags": (lambda: affine_temporal_autoregressive(3, own_past=True), ValueError, "lags="),
     "bound": (lambda: affine_temporal_autoregressive(3, bound=0), ValueError, "bound=0.*positive"),
+    "bound that is a word": (lambda: affine_temporal_autoregressive(3, bound="a"), ValueError, "bound='a'.*positive"),
     "past is a number": (lambda: AffineTemporalAutoregressive(3), TypeError, "past is 3.*affine_temporal_autoregressive"),
     "past is a plain network": (lambda: AffineTemporalAutoregressive(torch.nn.Linear(3, 3)), TypeError, "RecurrentPast"),
     "scalar of width 3": (lambda: AffineTemporalAutoregressive(RecurrentPast(3), scalar=True), ValueError, "width 3"),
@@ -686,6 +692,9 @@ MISTAKES = {
     "two tensors": (lambda: small().whiten({"a": torch.zeros(2, 5, 3), "b": torch.zeros(2, 5, 3)}), ValueError, "one tensor"),
     "base is a class": (lambda: FlowedModel(VRNN, small()), TypeError, "not the class VRNN"),
     "base is a function": (lambda: FlowedModel(lambda: 0, small()), TypeError, "SequentialModel or StateSpaceModel"),
+    "base that has run": (lambda: FlowedModel(used(LocalLevel()), small(0)), ValueError, "LocalLevel has run on its own"),
+    "base of a guide": (lambda: FlowedModel(seq.FilteringGuide(LocalLevel()).model, small(0)), ValueError,
+                        "make the FlowedModel first"),
     "base from a plain function": (lambda: FlowedModel(seq.from_pyro(lambda x: None), small()), TypeError, "replays its past"),
     "the flow comes first": (lambda: FlowedModel(small(), VRNN()), TypeError, "not AffineTemporalAutoregressive"),
     "flow is a plain transform": (lambda: FlowedModel(VRNN(), dist.transforms.affine_autoregressive(4)), TypeError,

@@ -10,7 +10,7 @@ import pyro_seq as seq
 from pyro_seq.fit.train import Fit
 from pyro_seq.infer.by_step import ElboByStep
 from pyro_seq.infer.posterior import Draws
-from pyro_seq.plot import free_energy, per_step, piano_roll, training_curves
+from pyro_seq.plot import free_energy, per_step, piano_roll, plot_comparison, plot_posterior, training_curves
 
 matplotlib.use("Agg")
 BATCH, STEPS, NOTES = 3, 10, 88
@@ -108,6 +108,9 @@ def test_training_curves():
         best, = (line for line in ax.lines if line.get_marker() == "o")
         assert (best.get_xdata()[0], best.get_ydata()[0]) == (2, 8.8)
     assert [line.get_label() for line in training_curves(history()[["epoch", "train"]]).lines] == ["train"]
+    annealed = history().assign(kl_weight=[0.4, 0.9, 1.0])
+    assert [line.get_label() for line in training_curves(annealed).lines][:2] == [
+        "train (objective, KL weight < 1 until epoch 2)", "valid"]
 
 
 def test_axes_can_be_given():
@@ -134,6 +137,9 @@ def test_axes_can_be_given():
     (lambda: per_step(torch.zeros(3, 4)), TypeError, "elbo_by_step"),
     (lambda: per_step(parts(), sequence=7), ValueError, "sequence=7: there are 3"),
     (lambda: per_step(parts(), axes=matplotlib.pyplot.gca()), ValueError, "2 are drawn on"),
+    (lambda: plot_comparison({}), ValueError, "nothing to compare"),
+    (lambda: plot_comparison({"a": torch.zeros(2, 3)}), TypeError, "posteriors 'a' is a Tensor; it is a posterior"),
+    (lambda: plot_posterior(torch.zeros(2, 3)), TypeError, "posterior is a Tensor; it is a posterior, as KalmanFilter"),
     (lambda: training_curves([1.0, 2.0]), TypeError, "pass what seq.fit returned"),
     (lambda: training_curves({"a": pd.DataFrame({"epoch": [1]})}), ValueError, "lacks .'train'."),
     (lambda: training_curves(history().iloc[:0]), ValueError, "no rows"),

@@ -22,7 +22,11 @@ filter with the guide as its proposal, in nats per frame; all frames scored, pad
 
 _TRAINING = {  # options of pyro_seq.fit that the command has as its own, with their defaults
     "epochs": 100, "batch_size": 20, "learning_rate": 3e-3, "schedule": "cosine", "warmup": 50, "clip": 5.0,
-    "weight_decay": 0.0, "averaging": 0.99, "kl_annealing": 20, "window": None, "every": 1, "patience": None}
+    "weight_decay": 0.0, "averaging": 0.99, "kl_annealing": 20, "window": None, "normalise": "data", "every": 1,
+    "patience": None}
+_CHOICES = {"schedule": ("cosine", "constant"), "normalise": ("data", "batch")}
+_DATA = ("jsb", "nottingham", "musedata", "piano_midi")
+_SETTINGS = {"model", "guide", "data", "checksums", "model_options", "guide_options", "training"}
 
 
 def add_commands(commands: Any) -> None:
@@ -34,15 +38,15 @@ def add_commands(commands: Any) -> None:
     fit.add_argument("--model", choices=sorted(MODELS), default="dmm", help="the model")
     fit.add_argument("--guide", choices=sorted(GUIDES), default="own", help="its guide; own is the published inference")
     fit.add_argument("--data", default="jsb", metavar="NAME|FOLDER",
-                     help="jsb, nottingham, musedata, piano_midi, or a folder of MIDI files")
-    fit.add_argument("--output", type=Path, default=None, metavar="FOLDER", help="of the run (default: runs/DATA-MODEL-GUIDE)")
+                     help=f"{', '.join(_DATA)}, or a folder of MIDI files")
+    fit.add_argument("--output", type=Path, default=argparse.SUPPRESS, metavar="FOLDER",
+                     help="of the run (default: runs/DATA-MODEL-GUIDE)")
     fit.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="one training run each")
     fit.add_argument("--model-option", action=_Option, default={}, metavar="NAME=VALUE", help="e.g. latent=32; repeatable")
     fit.add_argument("--guide-option", action=_Option, default={}, metavar="NAME=VALUE", help="e.g. iterations=2; repeatable")
     for name, default in _TRAINING.items():
-        kind = {"schedule": str, "window": int, "patience": int}.get(name, type(default))
-        fit.add_argument("--" + name.replace("_", "-"), type=kind, default=default, metavar="N",
-                         choices=("cosine", "constant") if name == "schedule" else None, help="see pyro_seq.fit")
+        fit.add_argument("--" + name.replace("_", "-"), type=int if default is None else type(default), default=default,
+                         metavar=None if name in _CHOICES else "N", choices=_CHOICES.get(name), help="see pyro_seq.fit")
     fit.set_defaults(run=_fit)
 
     evaluate = commands.add_parser("evaluate", help="score the runs of a folder", description=_EVALUATE,
@@ -73,7 +77,30 @@ class _Option(argparse.Action):
 def _load(name: str) -> Any:
     from pyro_seq.data import load_midi, load_polyphonic
 
-    return load_midi(name) if Path(name).is_dir() else load_polyphonic(name)
+    return load_midi(name) if name not in _DATA and Path(name).is_dir() else load_polyphonic(name)
+
+
+def _checksums(data: Any) -> dict[str, int]:
+    from pyro_seq.fit.train import checksum
+
+    return {split: checksum(getattr(data, split)) for split in ("train", "valid", "test")}
+
+
+def _check(given: argparse.Namespace) -> None:
+    """What would else be found only after hours of training, or by torch with a traceback."""
+    import torch
+
+    from pyro_seq.module import require_count
+
+    require_count("samples", given.samples, 1)
+    require_count("particles", given.particles, 0)
+    if given.device == "cuda" and "LOCAL_RANK" in os.environ:  # each process that torchrun starts has a GPU of its own
+        given.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    kind, _, number = given.device.partition(":")
+    if kind not in ("cpu", "cuda") or not (number or "0").isdigit():
+        raise ValueError(f"--device {given.device}: it is cpu, cuda, or one GPU of several, such as cuda:1")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {given.device}: torch finds {torch.cuda.device_count()} GPUs here")
 
 
 def _build(settings: dict[str, Any], data: Any, device: str, seed: int) -> tuple[Any, Any]:
@@ -100,14 +127,14 @@ def _fit(given: argparse.Namespace) -> int:
 
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # On tensors this small, several threads mostly wait for each other.
+    _check(given)
     settings = {"model": given.model, "guide": given.guide, "data": given.data, "model_options": given.model_option,
                 "guide_options": given.guide_option, "training": {name: getattr(given, name) for name in _TRAINING}}
-    settings = json.loads(json.dumps(settings))  # as they will be read again: a tuple is a list there
-    folder = given.output or Path("runs") / f"{Path(given.data).name}-{given.model}-{given.guide}"
-    if given.device == "cuda" and "LOCAL_RANK" in os.environ:  # each process that torchrun starts has a GPU of its own
-        given.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    folder = getattr(given, "output", Path("runs") / f"{Path(given.data).resolve().name}-{given.model}-{given.guide}")
     with launched(torch.device(given.device)):
         data = _load(given.data)  # before the folder is made: a name may be misspelt
+        settings["checksums"] = _checksums(data)
+        settings = json.loads(json.dumps(settings))  # as they will be read again: a tuple is a list there
         _claim(folder, settings)
         for seed in given.seeds:
             model, guide = _build(settings, data, given.device, seed)
@@ -123,14 +150,17 @@ def _fit(given: argparse.Namespace) -> int:
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Write the settings into a new folder, or check that an old one has the same."""
+    """Write the settings into a folder without checkpoints, or check that one with them has the same."""
     path = folder / "settings.json"
-    if path.exists():
-        there = _settings(folder)
-        if there != settings:
-            differ = {k: (there.get(k), settings[k]) for k in settings if there.get(k) != settings[k]}
-            raise ValueError(f"{folder} holds a run with other settings (there, here): {differ}. Use the same ones to go on, "
-                             "or another --output to begin anew")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output {folder} is a file; it is the folder of the run")
+    if _checkpoints(folder):
+        there, here = _flat(_settings(folder)), _flat(settings)
+        differ = [f"{k} is {there.get(k)!r} there, {here.get(k)!r} here" for k in sorted({*there, *here})
+                  if there.get(k) != here.get(k)]
+        if differ:
+            raise ValueError(f"{folder} holds a run with other settings: {'; '.join(differ)}. Use the same ones to go on, or "
+                             "another --output to begin anew")
         return
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.part")
@@ -138,13 +168,30 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings one by one, those within another by both names."""
+    return {key: value for name, part in settings.items() for key, value in
+            ({f"{name}.{k}": v for k, v in part.items()} if isinstance(part, dict) else {name: part}).items()}
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """By seed."""
+    found = [path for path in folder.glob("seed-*.ckpt") if path.stem[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.stem[5:]))
+
+
 def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / "settings.json"
     try:
-        return json.loads((folder / "settings.json").read_text())
-    except FileNotFoundError:
+        settings = json.loads(path.read_text())
+        if not isinstance(settings, dict) or set(settings) != _SETTINGS:
+            raise ValueError(f"{path} is not as `pyro-seq fit` writes it, with {sorted(_SETTINGS)}: delete the folder and "
+                             "train again")
+        return settings
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{folder} has no settings.json: it is not a folder that `pyro-seq fit` made") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / 'settings.json'} is damaged ({error}): delete the folder and train again") from None
+        raise ValueError(f"{path} is damaged ({error}): delete the folder and train again") from None
 
 
 def _evaluate(given: argparse.Namespace) -> int:
@@ -153,11 +200,15 @@ def _evaluate(given: argparse.Namespace) -> int:
     from pyro_seq.fit.evaluate import evaluate
     from pyro_seq.fit.train import restore
 
+    _check(given)
     settings = _settings(given.folder)
-    checkpoints = sorted(given.folder.glob("seed-*.ckpt"), key=lambda path: int(path.stem[5:]))
+    checkpoints = _checkpoints(given.folder)
     if not checkpoints:
         raise ValueError(f"{given.folder} holds no checkpoint seed-N.ckpt yet: run `pyro-seq fit` first")
     data = _load(settings["data"])
+    if changed := [split for split, found in _checksums(data).items() if settings["checksums"][split] != found]:
+        raise ValueError(f"the data {settings['data']!r} are not those that {given.folder} was trained on: the checksums of "
+                         f"{changed} differ. Bring the files back, or train again in another folder")
     tables = {}
     for path in checkpoints:
         seed = int(path.stem[5:])

@@ -66,6 +66,10 @@ def make_guide(name: str, model: Any, options: Mapping[str, Any], like: Any = No
 
 
 def _refuse_unknown(kind: Callable[..., Any], options: Mapping[str, Any], ours: set[str]) -> None:
-    known = set(inspect.signature(kind).parameters) - ours
+    parameters = inspect.signature(kind).parameters
+    known = set(parameters) - ours
     if unknown := sorted(set(options) - known):
         raise ValueError(f"{unknown} is not an option of {kind.__name__}; it has {sorted(known)}")
+    for name, value in options.items():  # a word such as "no" would be true
+        if isinstance(parameters[name].default, bool) and not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r} for {kind.__name__}; it is True or False")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -67,8 +68,8 @@ class AffineTemporalAutoregressive(TransformModule):
                             "affine_temporal_autoregressive(3) makes both in one")
         if scalar and past.width != 1:
             raise ValueError(f"scalar=True with a past of width {past.width}: scalar frames have width 1")
-        if not bound > 0:
-            raise ValueError(f"bound={bound}; it is how far the log scale may go, a positive number")
+        if not isinstance(bound, Real) or not bound > 0:
+            raise ValueError(f"bound={bound!r}; it is how far the log scale may go, a positive number")
         self.past, self.scalar, self.bound = past, scalar, float(bound)
         self.frame_shape = torch.Size(() if scalar else (past.width,))
         center, spread = (torch.zeros(past.width), torch.ones(past.width)) if like is None else self._units(like)

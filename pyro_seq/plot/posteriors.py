@@ -16,6 +16,11 @@ _BAND = 1.6449  # standard deviations of a 90 % interval
 _STYLES = ("--", "-", "-.")
 
 
+def _require_posterior(what: str, posterior: Any) -> None:
+    if not isinstance(posterior, Posterior):
+        raise TypeError(f"{what} is a {type(posterior).__name__}; it is a posterior, as KalmanFilter(model).run(x) returns")
+
+
 def _line(posterior: Posterior, site: str | None, sequence: int) -> tuple[str, str, np.ndarray, np.ndarray, np.ndarray]:
     found = posterior.filtered or posterior.smoothed
     site = next(iter(found)) if site is None else site
@@ -46,6 +51,7 @@ def plot_posterior(posterior: Posterior, site: str | None = None, sequence: int 
     :param sequence: index in the batch.
     :returns: the matplotlib axes.
     """
+    _require_posterior("posterior", posterior)
     ax = new_axes(ax)
     site, what, times, mean, std = _line(posterior, site, sequence)
     _data(ax, posterior, sequence, mean)
@@ -68,6 +74,10 @@ def plot_comparison(posteriors: Mapping[str, Posterior], site: str | None = None
     :param axes: two matplotlib axes; new ones by default.
     :returns: the two matplotlib axes.
     """
+    if not isinstance(posteriors, Mapping) or not posteriors:
+        raise ValueError("posteriors is not a dict of posteriors by name, or is empty: there is nothing to compare")
+    for name, posterior in posteriors.items():
+        _require_posterior(f"posteriors {name!r}", posterior)
     axes = new_axes(axes, 1, 2, figsize=(11, 4.5), width_ratios=(5, 2))
     _estimates(axes[0], posteriors, site, sequence)
     _evidences(axes[1], posteriors)

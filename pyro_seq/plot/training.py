@@ -15,7 +15,9 @@ _STYLES = {"train": ":", "valid": "-"}
 
 
 def training_curves(fits: Any, *, ax: Any = None) -> Any:
-    """Nats per frame by epoch, lower being better: dotted as met in training, solid on the validation data.
+    """Nats per frame by epoch, lower being better: dotted the objective as met in training, solid the validation data.
+
+    While the weight of the KL is below 1 (``kl_annealing=``) the objective is not the bound: the legend says until when.
 
     A circle marks the epoch whose weights were kept. Other data (``also=`` of :func:`~pyro_seq.fit`) is dashed.
 
@@ -37,9 +39,12 @@ def training_curves(fits: Any, *, ax: Any = None) -> Any:
     histories = {name: _history(name, fit) for name, fit in named(fits).items()}
     ax = new_axes(ax)
     for i, (name, history) in enumerate(histories.items()):
-        for column in history.columns.difference(["epoch", "updates", "seconds"], sort=False):
-            ax.plot(history["epoch"], history[column], color=f"C{i}", linestyle=_STYLES.get(column, "--"),
-                    label=f"{name}, {column}" if name else column)
+        annealed = history["epoch"][history.get("kl_weight", pd.Series(1.0, history.index)) < 1]
+        for column in history.columns.difference(["epoch", "updates", "seconds", "kl_weight"], sort=False):
+            label = f"{name}, {column}" if name else column
+            if column == "train" and len(annealed):
+                label += f" (objective, KL weight < 1 until epoch {annealed.iloc[-1]})"
+            ax.plot(history["epoch"], history[column], color=f"C{i}", linestyle=_STYLES.get(column, "--"), label=label)
         if "valid" in history and history["valid"].notna().any():
             best = history.loc[history["valid"].idxmin()]
             ax.plot(best["epoch"], best["valid"], "o", color=f"C{i}", markerfacecolor="white")
