@@ -394,7 +394,7 @@ class Packed:
 
         times = torch.arange(start, stop + 1, device=self.sequences.device)[:, None].expand(running.shape)
         order = self.order.expand(running.shape)
-        times, order = (v.flatten() if full else v[running] for v in (times, order))
+        times, order = (self.by_row(v.mT, start) for v in (times, order))
         return Frame(
             repeat_rows(times, num_particles), len(times) * num_particles, {k: rows(v) for k, v in self.x.items()},
             {k: rows(v) for k, v in self.covariates.items()}, any(self.missing[start - 1:stop]),
