@@ -80,11 +80,10 @@ class FlowedModel(SequentialModel):
             raise ValueError(f"site={site!r} is not a data argument of {type(base).__name__}, which has "
                              f"{sorted(base.data_names())}: the site and the argument it observes have one name, "
                              f"pyro.sample({site!r}, ..., obs={site})")
-        if base._pyro_context.used:
-            raise ValueError(f"this {type(base).__name__} has run on its own already (making a guide for it runs it too), and "
-                             "under a flow its parameters have other names in Pyro's store: make the FlowedModel first, or of "
-                             "a fresh base, to which load_state_dict brings the parameters")
         super().__init__(name)
+        # Pyro refuses a module whose parts have run, since their parameters had other names in its store: they are the same
+        # tensors under the new ones.
+        base._pyro_context.used = False
         self.base, self.flow, self.site = base, flow, site
         self.markov_history = base.markov_history  # the flow's past is data, which no latent dimension runs through
 
