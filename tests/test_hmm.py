@@ -452,7 +452,8 @@ def test_long_chain(states):
 def test_gradient_of_the_evidence(zeros, vary, scan, monkeypatch):
     """First and second derivatives by finite differences, where transitions are forbidden too."""
     monkeypatch.setattr(chain, "_SCAN_NUMBERS", {"cpu": 10**6 if scan else 0})
-    tables = random_chain(40, 2, 2, [2] * 3 + [1] * 37, zeros, vary) if scan else random_chain(4, 3, 3, [3, 3, 2, 1], zeros, vary)
+    shape = (40, 2, 2, [2] * 3 + [1] * 37) if scan else (4, 3, 3, [3, 3, 2, 1])
+    tables = random_chain(*shape, zeros, vary)
     open_entries = [v.isfinite() for v in tables[:3]]
     free = [v[where].clone().requires_grad_() for v, where in zip(tables[:3], open_entries)]
 

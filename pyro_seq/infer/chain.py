@@ -1,18 +1,18 @@
 r"""Recursions over a batch of finite Markov chains given their tables: filter, smoother, pairs, Viterbi, sampling.
 
-Two ways to the same numbers. *Scaled*: probabilities, normalised at every step, so that a step is one matrix product.
-*Logged*: logarithms, which no chain can leave, by a loop or by a parallel scan over time; some ten times slower per
-number.
+Two ways to the same numbers. *Scaled*: probabilities, normalised every few steps, so that a step is one matrix product
+and one product by the emission. *Logged*: logarithms, which cannot underflow, by a loop or by a parallel scan over time.
 
-Scaled numbers below 1e-308 are lost. Whether that matters is bounded on the way, not assumed: with ``U_t(k)`` an upper
-bound of the mass that filtering has lost in state ``k``,
+Scaled numbers below 1e-308 are lost. Whether that matters is bounded on the way, not assumed. Emissions are divided by
+their maximum over the states and the rows of A sum to at most one, so that the mass :math:`U_t(k)` which filtering has
+lost in state ``k`` is at most
 
-.. math:: U_t = ((U_{t-1} + \delta) A \circ g_t + \delta) / c_t, \qquad \delta = K \cdot 10^{-307},
+.. math:: U_t = (U_{t-1} A + \delta) \circ g_t + \delta, \qquad \delta = K \cdot 10^{-307},
 
-since emissions are divided by their maximum over the states and the rows of A sum to at most one. A sequence for which
-it ever exceeds 1e-12 is done again in logarithms. (The smoother only redistributes what the filter has at the last step,
-so that the bound at the end is one for it too.) Where every transition has a probability above 1e-100, each predicted
-probability has a relative error below 1e-200 whatever was lost before, and :math:`\delta / c_t` alone is the bound.
+in the units of the unnormalised forward probabilities. A sequence where it ever exceeds 1e-12 of their sum is done again
+in logarithms. The smoother only redistributes what the filter has at the last step, so that the bound there is one for it
+too. Where every transition has a probability above 1e-100, each predicted probability has a relative error below 1e-200
+whatever was lost before, and :math:`K \delta` alone is the bound.
 
 Source: Rabiner, *A Tutorial on Hidden Markov Models and Selected Applications in Speech Recognition*, 1989; Särkkä and
 García-Fernández, *Temporal Parallelization of Inference in Hidden Markov Models*, 2021 (the scan).
@@ -96,7 +96,8 @@ class Passes:
 
 
 class _Scaled:
-    """Probabilities, normalised every few steps."""
+    """Probabilities. ``gain`` is filtered over predicted, ``back`` smoothed over filtered (where all transitions are possible) or
+    smoothed itself."""
 
     def __init__(self, tables: Tables):
         log_initial, log_transition, log_emission, counts = tables
