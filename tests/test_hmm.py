@@ -647,6 +647,23 @@ def test_forbidden_means_forbidden():
     assert posterior.smoothed["k"].mean.tolist() == [[0, 1, 0, 1, 0]]
 
 
+def test_gaps_in_whole_numbers():
+    """A mask over integers, which cannot hold NaN: a masked frame is as if its symbol told nothing."""
+    g = [torch.tensor(v) for v in random_tables(3, "categorical")[:3]]
+    x, mask = torch.randint(0, 4, (2, 5)), torch.tensor([[1, 0, 1, 1, 0], [1, 1, 1, 0, 1]]).bool()
+    found = seq.ForwardBackward(Tabular(*g)).run(x, mask=mask)
+    blank = torch.cat([g[2], torch.ones(3, 1)], 1).log()
+
+    stream = seq.ForwardBackward(Tabular(*g)).stream()
+    log_pi, log_a = g[0].log()[None], g[1].log()[None, None]
+    symbols = torch.where(mask, x, 4)
+    tables = Tables(log_pi, log_a, blank.T[symbols].transpose(0, 1), [2] * 5)
+    torch.testing.assert_close(found.log_evidence, chain.log_evidence(tables))
+    for t in range(5):
+        step = stream.update(x[:, t], mask=mask[:, t])
+        torch.testing.assert_close(step.log_predictive, found.log_evidence_by_step[:, t])
+
+
 def test_inside_a_pyro_program():
     """The evidence at the program's own values, with its gradient, for NUTS and SVI over global parameters."""
     class Bayesian(HiddenMarkov):

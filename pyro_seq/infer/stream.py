@@ -119,4 +119,4 @@ def _one_step(value: Any) -> Tensor:
 def floating_type(model: Any, sequences: Sequences) -> torch.dtype:
     """That of the data if it is floating, else of the parameters."""
     floating = [v.dtype for v in (*sequences.x.values(), *model.parameters()) if v.is_floating_point()]
-    return floating[0] if floating else torch.get_defaultfloating_type()
+    return floating[0] if floating else torch.get_default_dtype()
