@@ -2,9 +2,9 @@
 
 Protocol: one model, dense transitions, float64, one thread; median of interleaved runs. Ours is ``ForwardBackward.run``: the
 evidence by step, filtered and smoothed probabilities and moments. ``hmmlearn`` is asked for ``score`` and ``predict_proba``, in
-its default implementation (logarithms) and in its faster one (scaling, which underflows to an error or to zero where ours
-changes to logarithms). The floor is the two matrix products a step that no way round takes away, and one exponential a state
-and frame. For learning: the evidence and its gradient in all parameters.
+its default implementation (logarithms) and in its faster one (scaling, which raises an error where it underflows). The floor
+is the two matrix products a step that no way round takes away, and one exponential a state and frame. For learning: the
+evidence and its gradient in all parameters.
 """
 
 from __future__ import annotations

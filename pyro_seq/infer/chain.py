@@ -1,21 +1,20 @@
 r"""Recursions over a batch of finite Markov chains given their tables: filter, smoother, pairs, Viterbi, sampling.
 
-Two ways to the same numbers. *Scaled*: probabilities, normalised at every step, so that a step is one matrix product.
-*Logged*: logarithms, which no chain can leave, by a loop or by a parallel scan over time; some ten times slower per
-number.
+Two ways to the same numbers. *Scaled*: probabilities, normalised every few steps, so that a step is one matrix product
+and one product by the emission. *Logged*: logarithms, which cannot underflow, by a loop or by a parallel scan over time.
 
-Scaled numbers below 1e-308 are lost. Whether that matters is bounded on the way, not assumed: with ``U_t(k)`` an upper
-bound of the mass that filtering has lost in state ``k``,
+Scaled numbers below 1e-308 are lost. Whether that matters is bounded on the way, not assumed. Emissions are divided by
+their maximum over the states and the rows of A sum to at most one, so that the mass :math:`U_t(k)` which filtering has
+lost in state ``k`` is at most
 
-.. math:: U_t = ((U_{t-1} + \delta) A \circ g_t + \delta) / c_t, \qquad \delta = K \cdot 10^{-307},
+.. math:: U_t = (U_{t-1} A + \delta) \circ g_t + \delta, \qquad \delta = K \cdot 10^{-307},
 
-since emissions are divided by their maximum over the states and the rows of A sum to at most one. A sequence for which
-it ever exceeds 1e-12 is done again in logarithms. (The smoother only redistributes what the filter has at the last step,
-so that the bound at the end is one for it too.) Where every transition has a probability above 1e-100, each predicted
-probability has a relative error below 1e-200 whatever was lost before, and :math:`\delta / c_t` alone is the bound.
+in the units of the unnormalised forward probabilities. A sequence where it ever exceeds 1e-12 of their sum is done again
+in logarithms. The smoother only redistributes what the filter has at the last step, so that the bound there is one for it
+too. Where every transition has a probability above 1e-100, each predicted probability has a relative error below 1e-200
+whatever was lost before, and :math:`K \delta` alone is the bound.
 
-Source: Rabiner, *A Tutorial on Hidden Markov Models and Selected Applications in Speech Recognition*, 1989; Särkkä and
-García-Fernández, *Temporal Parallelization of Inference in Hidden Markov Models*, 2021 (the scan).
+Source: Rabiner, *A Tutorial on Hidden Markov Models and Selected Applications in Speech Recognition*, 1989.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from pyro_seq.infer.enumerate import Tables
+from pyro_seq.infer.log_chain import Logged, Matrices, is_running, log_forward
 from pyro_seq.sequences import first_rows
 
 __all__ = ["Passes", "log_evidence", "sample_paths", "viterbi"]
@@ -33,9 +33,11 @@ __all__ = ["Passes", "log_evidence", "sample_paths", "viterbi"]
 _TOLERANCE = 1e-12
 _STRIDE = 8
 _LOG_DENSE = -230.0
+_SCAN_STEPS = 100
 _SCAN_NUMBERS = {"cpu": 64, "cuda": 2000}
-"""``B * K**2`` up to which a scan is taken. On a CPU core they break even between 70 and 150 for 64 to 5000 steps: one chain of
-8 states takes half the time, one of 2 a tenth. The number for a GPU is reckoned from what launching a kernel costs."""
+"""``B * K**2`` up to which a scan is taken. On a CPU core they break even near 100 for 500 and 5000 steps: one chain of 8
+states takes half the time, one of 2 a tenth to a quarter. The number for a GPU is reckoned from what launching a kernel
+costs, not measured."""
 
 
 class Passes:
@@ -47,12 +49,12 @@ class Passes:
     def __init__(self, tables: Tables, scan: bool | None = None):
         steps, batch, states = tables.log_emission.shape
         if scan is None:
-            scan = steps > 32 and batch * states**2 <= _SCAN_NUMBERS.get(tables.log_emission.device.type, 64)
+            scan = steps > _SCAN_STEPS and batch * states**2 <= _SCAN_NUMBERS.get(tables.log_emission.device.type, 64)
         self.tables = tables
-        self.main: Any = _Logged(tables, True) if scan else _Scaled(tables)
+        self.main: Any = Logged(tables, True) if scan else _Scaled(tables)
         hard = torch.zeros(0, dtype=torch.long) if scan else self.main.lossy.nonzero()[:, 0]
         self.hard = hard
-        self.exact = _Logged(_select(tables, hard), False) if len(hard) else None
+        self.exact = Logged(_select(tables, hard), False) if len(hard) else None
         if self.exact is not None:
             self.main.forget(hard)
 
@@ -96,7 +98,8 @@ class Passes:
 
 
 class _Scaled:
-    """Probabilities, normalised every few steps."""
+    """Probabilities. ``gain`` is filtered over predicted, ``back`` smoothed over filtered, or smoothed where some transitions
+    are forbidden."""
 
     def __init__(self, tables: Tables):
         log_initial, log_transition, log_emission, counts = tables
@@ -104,7 +107,7 @@ class _Scaled:
         top = log_emission.amax(-1, keepdim=True)
         top = torch.where(top > -torch.inf, top, 0.0)
         emission = (log_emission - top).exp_()
-        self.transition = _Matrices(log_transition.exp(), counts)
+        self.transition = Matrices(log_transition.exp(), counts)
         # Mass can stay lost only where a transition is all but forbidden.
         self.dense = bool((log_transition > _LOG_DENSE).all())
         self.filtered = torch.zeros_like(log_emission)
@@ -130,7 +133,7 @@ class _Scaled:
         total = self.filtered.sum(-1, keepdim=True)
         entered = torch.cat([torch.ones_like(total[:1]), total[:-1]])  # the sum that each step has started from
         entered[1::_STRIDE] = 1.0
-        running = _running(tables)
+        running = is_running(tables)
         if not running.all():
             total, entered = (torch.where(running[..., None], v, 1.0) for v in (total, entered))
             emission.mul_(running[..., None])
@@ -193,171 +196,11 @@ class _Scaled:
         return table * weighted[..., None] * ratio[:, :, None]
 
 
-class _Logged:
-    """Logarithms throughout."""
-
-    def __init__(self, tables: Tables, scan: bool):
-        self.tables, self.scan = tables, scan
-        self.steps, self.batch, self.states = tables.log_emission.shape
-        unnormalised, self.by_step = _log_forward_scan(tables) if scan else _log_forward(tables)
-        self.log_filtered = unnormalised
-        self.ratio: Tensor | None = None
-
-    @property
-    def filtered(self) -> Tensor:
-        return self.log_filtered.exp() * _running(self.tables)[..., None]
-
-    def smooth(self) -> Tensor:
-        counts, log_filtered = self.tables.counts, self.log_filtered
-        if self.scan:
-            joint = log_filtered + _log_backward_scan(self.tables)
-            norm = joint.logsumexp(-1, keepdim=True)
-            smoothed = joint - torch.where(norm > -torch.inf, norm, 0.0)
-            prediction = self._predictions()
-            self.ratio = torch.where(prediction > -torch.inf, smoothed - prediction, -torch.inf)
-        else:
-            matrix = _Matrices(self.tables.log_transition, counts)
-            smoothed, self.ratio = log_filtered.clone(), torch.full_like(log_filtered, -torch.inf)
-            prediction = self._predictions()
-            for t in reversed(range(1, self.steps)):
-                n = counts[t]
-                gap = torch.where(prediction[t, :n] > -torch.inf, smoothed[t, :n] - prediction[t, :n], -torch.inf)
-                self.ratio[t, :n] = gap
-                smoothed[t - 1, :n] = log_filtered[t - 1, :n] + (matrix(t) + gap[:, None]).logsumexp(-1)
-        return smoothed.exp() * _running(self.tables)[..., None]
-
-    def _predictions(self) -> Tensor:
-        """``(T, B, K)``, from the second step on."""
-        out = torch.full_like(self.log_filtered, -torch.inf)
-        if self.steps > 1:
-            out[1:] = _log_times(self.log_filtered[:-1], self.tables.log_transition)
-        return out
-
-    def pairs(self) -> Tensor:
-        if self.ratio is None:
-            self.smooth()
-        running = _running(self.tables)[1:]
-        found = self.log_filtered[:-1, :, :, None] + self.tables.log_transition + self.ratio[1:, :, None]
-        return found.exp() * running[..., None, None]
-
-    def transition_counts(self, weights: Tensor) -> Tensor:
-        table = self.tables.log_transition
-        if self.steps == 1:
-            return torch.zeros_like(table)
-        found = self.pairs() * weights[:, None, None]
-        for shared in (i for i in range(2) if table.shape[i] == 1):
-            found = found.sum(shared, keepdim=True)
-        return found
-
-
-class _Matrices:
-    """The transition matrix into each step, two-dimensional where the sequences share it."""
-
-    def __init__(self, table: Tensor, counts: list[int]):
-        self.table, self.counts = table, counts
-        self.each = [m[0] if table.shape[1] == 1 else m for m in table.unbind(0)]
-        self.flipped = [m.transpose(-1, -2) for m in self.each]
-
-    def __call__(self, t: int) -> Tensor:
-        return self._into(self.each, t)
-
-    def transposed(self, t: int) -> Tensor:
-        """From column to row."""
-        return self._into(self.flipped, t)
-
-    def _into(self, matrices: list[Tensor], t: int) -> Tensor:
-        matrix = matrices[0 if len(matrices) == 1 else t - 1]
-        return matrix if matrix.dim() == 2 else first_rows(matrix, self.counts[t])
-
-
 def _times(rows: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
     """``(n, K)`` times ``(K, K)`` or ``(n, K, K)``."""
     if matrix.dim() == 2:
         return torch.matmul(rows, matrix, out=out)
     return torch.matmul(rows[:, None], matrix, out=None if out is None else out[:, None])[:, 0]
-
-
-def _safe_logsumexp(value: Tensor, dim: int) -> Tensor:
-    """With a gradient of zero, not NaN, where all entries are -inf."""
-    if not value.requires_grad:
-        return value.logsumexp(dim)
-    top = value.detach().amax(dim, keepdim=True)
-    top = torch.where(top > -torch.inf, top, 0.0)
-    total = (value - top).exp().sum(dim)
-    positive = total > 0
-    return torch.where(positive, torch.where(positive, total, 1.0).log() + top.squeeze(dim), -torch.inf)
-
-
-def _log_times(rows: Tensor, matrix: Tensor) -> Tensor:
-    """``(..., K)`` times ``(..., K, K)``."""
-    return _safe_logsumexp(rows[..., None] + matrix, -2)
-
-
-def _log_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """``(..., K, K)`` both."""
-    return (a[..., None] + b[..., None, :, :]).logsumexp(-2)
-
-
-def _log_forward(tables: Tables) -> tuple[Tensor, Tensor]:
-    """``(T, B, K)`` log filtered and ``(T, B)`` log evidence by step, in a loop that can be differentiated twice."""
-    log_initial, log_transition, log_emission, counts = tables
-    batch = counts[0]
-    matrix = _Matrices(log_transition, counts)
-    filtered, by_step, before = [], [], None
-    for t, (emission, n) in enumerate(zip(log_emission.unbind(0), counts)):
-        predicted = log_initial.expand(batch, -1) if t == 0 else _log_times(first_rows(before, n), matrix(t))
-        joint = predicted + first_rows(emission, n)
-        norm = _safe_logsumexp(joint, -1)
-        before = joint - torch.where(norm > -torch.inf, norm, 0.0)[:, None]
-        filtered.append(torch.cat([before, before.new_zeros(batch - n, before.shape[-1])]) if n < batch else before)
-        by_step.append(torch.cat([norm, norm.new_zeros(batch - n)]) if n < batch else norm)
-    return torch.stack(filtered), torch.stack(by_step)
-
-
-def _elements(tables: Tables) -> Tensor:
-    """``(T, B, K, K)`` log potentials of each step; beyond a sequence's end they change nothing."""
-    log_initial, log_transition, log_emission, _ = tables
-    steps, batch, states = log_emission.shape
-    first = (log_initial + log_emission[0])[:, None].expand(batch, states, states)
-    later = (log_transition + log_emission[1:, :, None]).expand(steps - 1, batch, states, states)
-    identity = torch.full((states, states), -torch.inf, dtype=later.dtype, device=later.device).fill_diagonal_(0.0)
-    later = torch.where(_running(tables)[1:, :, None, None], later, identity)
-    return torch.cat([first[None], later])
-
-
-def _prefixes(elements: Tensor) -> Tensor:
-    """``(T, B, K)``: products of the first 1, 2, ... of ``(T, B, K, K)`` elements, the first of which has equal rows."""
-    steps = elements.shape[0]
-    if steps == 1:
-        return elements[:, :, 0]
-    even = _prefixes(_log_matmul(elements[0:steps - 1:2], elements[1::2]))
-    out = elements.new_empty(elements.shape[:-1])
-    out[0], out[1::2] = elements[0, :, 0], even
-    if steps > 2:
-        out[2::2] = _log_times(even[:(steps - 1) // 2], elements[2::2])
-    return out
-
-
-def _log_forward_scan(tables: Tables) -> tuple[Tensor, Tensor]:
-    joint = _prefixes(_elements(tables))
-    norm = joint.logsumexp(-1)
-    by_step = norm.diff(dim=0, prepend=torch.zeros_like(norm[:1]))
-    dead = norm == -torch.inf
-    by_step = torch.where(dead, -torch.inf, by_step)
-    return joint - torch.where(dead, 0.0, norm)[..., None], torch.where(_running(tables), by_step, 0.0)
-
-
-def _log_backward_scan(tables: Tables) -> Tensor:
-    """``(T, B, K)`` log density of the frames after each step given its state."""
-    later = _elements(tables)[1:].transpose(-1, -2).flip(0)
-    last = torch.zeros_like(tables.log_emission[0])[:, None].expand(-1, tables.log_emission.shape[-1], -1)
-    return _prefixes(torch.cat([last[None], later])).flip(0)
-
-
-def _running(tables: Tables) -> Tensor:
-    """``(T, B)`` booleans."""
-    counts = torch.tensor(tables.counts, device=tables.log_emission.device)
-    return torch.arange(tables.counts[0], device=counts.device) < counts[:, None]
 
 
 def _select(tables: Tables, index: Tensor) -> Tables:
@@ -389,7 +232,7 @@ class _Evidence(torch.autograd.Function):
     def backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
         if torch.is_grad_enabled():  # a derivative of the derivative is asked for
-            evidence = _log_forward(Tables(*inputs, ctx.counts))[1].sum(0)
+            evidence = log_forward(Tables(*inputs, ctx.counts))[1].sum(0)
             wanted = [v for v, needed in zip(inputs, ctx.needs_input_grad) if needed]
             found = iter(torch.autograd.grad(evidence, wanted, weights, create_graph=True, allow_unused=True))
             return (*(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None)
@@ -409,7 +252,7 @@ def viterbi(tables: Tables) -> tuple[Tensor, Tensor]:
     """
     log_initial, log_transition, log_emission, counts = tables
     steps, batch, _ = log_emission.shape
-    matrix = _Matrices(log_transition, counts)
+    matrix = Matrices(log_transition, counts)
     best = log_initial + log_emission[0]
     back = []
     for t in range(1, steps):
@@ -436,7 +279,7 @@ def sample_paths(passes: Passes, num_samples: int) -> Tensor:
     tables = passes.tables
     steps, batch, _ = tables.log_emission.shape
     log_filtered = passes.log_filtered
-    matrix = _Matrices(tables.log_transition, tables.counts)
+    matrix = Matrices(tables.log_transition, tables.counts)
     out = torch.zeros(num_samples, steps, batch, dtype=torch.long, device=log_filtered.device)
     for t in reversed(range(steps)):
         running, n = tables.counts[t], tables.counts[t + 1] if t + 1 < steps else 0

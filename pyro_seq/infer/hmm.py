@@ -11,13 +11,15 @@ from torch import Tensor
 
 from pyro_seq.engine.state import State, map_state
 from pyro_seq.infer.chain import Passes, log_evidence, sample_paths, viterbi
-from pyro_seq.infer.enumerate import Support, first_step, later_step, read_support, read_tables
+from pyro_seq.infer.enumerate import read_tables
 from pyro_seq.infer.posterior import EXACT, Moments, Posterior
 from pyro_seq.infer.run import Stopwatch, entered
-from pyro_seq.module import own_parameters, require_model
-from pyro_seq.sequences import Frame, Sequences
+from pyro_seq.infer.stream import Stream, floating_type
+from pyro_seq.infer.support import Support, read_support
+from pyro_seq.module import require_model
+from pyro_seq.sequences import Sequences
 
-__all__ = ["DiscretePosterior", "Filtered", "ForwardBackward", "MostProbablePath", "Stream"]
+__all__ = ["DiscretePosterior", "ForwardBackward", "MostProbablePath"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,15 +55,6 @@ class MostProbablePath(NamedTuple):
     """``(B,)`` log p(x, z) of the path, in nats."""
     states: Tensor
     """``(B, T)`` the path as joint states."""
-
-
-class Filtered(NamedTuple):
-    """What one frame has told a :class:`Stream`."""
-
-    probabilities: Mapping[str, Tensor]
-    """By site, ``(B, K_site)``: p(z_t | x_1..x_t)."""
-    log_predictive: Tensor
-    """``(B,)`` log p(x_t | x_1..x_t-1), in nats."""
 
 
 class ForwardBackward:
@@ -161,7 +154,7 @@ class ForwardBackward:
         self.model.check_inputs(sequences)
         support, state_is_latents = read_support(self.model, sequences)
         tables, states = read_tables(self.model, sequences, support, state_is_latents)
-        passes, dtype = Passes(tables), _dtype(self.model, sequences)
+        passes, dtype = Passes(tables), floating_type(self.model, sequences)
         if not (passes.by_step > -torch.inf).all():
             self._refuse_impossible(passes.by_step, sequences)
         by_step = _batch_first(passes.by_step, sequences)
@@ -197,101 +190,6 @@ class ForwardBackward:
         raise ValueError(f"the data of sequence {sequence} at time {time} is impossible: every state that "
                          f"{type(self.model).__name__} can be in after the frames before gives it density zero. Give the "
                          "emission heavier tails, or allow the transition; log_evidence() returns -inf")
-
-
-class Stream:
-    """A filter that is handed one frame at a time; made by :meth:`ForwardBackward.stream`.
-
-    It holds the probabilities of the joint states ``(B, K)`` and the model's state for each, and nothing of the past.
-
-    Example::
-
-        >>> import torch, pyro, pyro.distributions as dist
-        >>> import pyro_seq as seq
-        >>> class Coin(seq.StateSpaceModel):
-        ...     def initial(self):
-        ...         return pyro.sample("k", dist.Categorical(torch.tensor([0.5, 0.5])))
-        ...     def transition(self, k):
-        ...         return pyro.sample("k", dist.Categorical(torch.tensor([[0.9, 0.1], [0.1, 0.9]])[k]))
-        ...     def emission(self, k, x=None):
-        ...         return pyro.sample("x", dist.Normal(k.float(), 1.0), obs=x)
-        >>> stream = seq.ForwardBackward(Coin()).stream()
-        >>> for x_t in torch.tensor([0.0, 2.0]):
-        ...     filtered = stream.update(x_t[None])
-        >>> filtered.probabilities["k"].shape, filtered.log_predictive.shape
-        (torch.Size([1, 2]), torch.Size([1]))
-    """
-
-    def __init__(self, model: Any):
-        self.model = model
-        self.time = 0
-        """Frames seen."""
-        self.parameters: Mapping[str, Tensor] = {}
-        self._support: Support | None = None
-        self._log_probabilities: Tensor | None = None
-        self._state: State = None
-
-    def update(self, x: Any, *, mask: Any = None, **covariates: Any) -> Filtered:
-        """Take in the next frame of every sequence.
-
-        :param x: one frame, ``(B, ...)`` for B sequences side by side (``(1, ...)`` for a single one), or a dict of them; NaN
-            where missing.
-        :param mask: True where observed, ``(B,)`` or of the shape of ``x``.
-        :param covariates: of this frame, ``(B, ...)`` each.
-        :raises ValueError: if the frame is impossible; the stream is then as it was before.
-        """
-        frames = {k: _one_step(v) for k, v in x.items()} if isinstance(x, Mapping) else _one_step(x)
-        if isinstance(mask, Mapping):
-            mask = {k: _one_step(v) for k, v in mask.items()}
-        elif mask is not None:
-            mask = _one_step(mask)
-        sequences = Sequences.of(frames, mask=mask, covariates={k: _one_step(v) for k, v in covariates.items()})
-        if self._log_probabilities is not None and sequences.num_sequences != len(self._log_probabilities):
-            raise ValueError(f"the frame at time {self.time + 1} holds {sequences.num_sequences} sequences and the ones before "
-                             f"{len(self._log_probabilities)}: a stream is fed one frame (B, ...) of the same sequences")
-        if self.time == 0:
-            return entered(self.model, None, sequences, lambda values: self._update(sequences, values))
-        with torch.no_grad(), own_parameters(self.model):
-            return self.model.within(lambda: self._update(sequences, self.parameters), globals=self.parameters)
-
-    def _update(self, sequences: Sequences, parameters: Mapping[str, Tensor]) -> Filtered:
-        model, t = self.model, self.time + 1
-        model.check_inputs(sequences)
-        support = self._support or read_support(model, sequences)[0]
-        k = support.num_states
-
-        def rows(times: int) -> Frame:
-            frame = next(sequences.packed.frames(times))
-            return frame._replace(t=t)
-
-        if t == 1:
-            predicted, observed, state = first_step(model, support, rows(k))
-        else:
-            transition, observed, state = later_step(model, support, self._state, rows(k * k))
-            predicted = (self._log_probabilities[..., None] + transition.double()).logsumexp(-2)
-        joint = predicted.double() + observed.double()
-        log_predictive = joint.logsumexp(-1)
-        if not (log_predictive > -torch.inf).all():
-            sequence = int((log_predictive == -torch.inf).nonzero()[0])
-            raise ValueError(f"the frame of sequence {sequence} at time {t} is impossible: every state that "
-                             f"{type(model).__name__} can be in gives it density zero")
-        self.time, self.parameters, self._support, self._state = t, parameters, support, state
-        self._log_probabilities = joint - log_predictive[:, None]
-        probabilities = self._log_probabilities.exp().to(_dtype(model, sequences))
-        return Filtered({name: support.marginal(probabilities, name) for name in support.values}, log_predictive)
-
-
-def _one_step(value: Any) -> Tensor:
-    value = value if isinstance(value, Tensor) else torch.as_tensor(value)
-    if value.dim() == 0:
-        raise ValueError("a frame is a single number, and a stream is fed (B, ...), one entry a sequence: use x[None]")
-    return value[:, None]
-
-
-def _dtype(model: Any, sequences: Sequences) -> torch.dtype:
-    """That of the data if it is floating, else of the parameters."""
-    floating = [v.dtype for v in (*sequences.x.values(), *model.parameters()) if v.is_floating_point()]
-    return floating[0] if floating else torch.get_default_dtype()
 
 
 def _batch_first(value: Tensor, sequences: Sequences) -> Tensor:
