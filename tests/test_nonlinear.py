@@ -375,6 +375,34 @@ def test_gradients_of_the_evidence(make, method):
     assert torch.autograd.gradcheck(evidence, tuple(model.parameters()), eps=1e-6, atol=2e-5)
 
 
+class Shifted(LocalLevel):
+    """Observes a function of the data that has a parameter in it."""
+
+    def __init__(self):
+        super().__init__(0.0, 1.0, 0.5, 1.0)
+        self.shift = nn.Parameter(torch.tensor(0.4))
+
+    def emission(self, z, x=None):
+        return pyro.sample("x", dist.Normal(z, 1.0), obs=None if x is None else x - self.shift)
+
+
+def test_a_parameter_in_the_data():
+    model, x = Shifted(), torch.randn(2, 4)
+    x[0, 2] = torch.nan
+    exact = seq.KalmanFilter(LocalLevel(0.0, 1.0, 0.5, 1.0)).run(x - 0.4).log_evidence
+    for method in (seq.ExtendedKalmanFilter(model), seq.UnscentedKalmanFilter(model)):
+        torch.testing.assert_close(method.run(x).log_evidence, exact)
+        assert torch.autograd.gradcheck(lambda _: method.log_evidence(x), (model.shift,))  # noqa: B023
+
+
+def test_tables_and_figures_of_several_methods():
+    x = Counts().simulate([10])["x"]
+    table = seq.compare({"extended": seq.ExtendedKalmanFilter(Counts()), "ensemble": seq.EnsembleKalmanFilter(Counts()),
+                         "particles": seq.ParticleFilter(Counts())}, x)
+    assert list(table.kind[:2]) == ["approximation (extended Kalman)", "approximation (ensemble Kalman)"]
+    assert table.plot_comparison() is not None
+
+
 def test_evidence_inside_a_pyro_program():
     """Inside the model's own call the evidence has that call's globals."""
     model = Bayesian()

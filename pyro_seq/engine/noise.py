@@ -225,7 +225,8 @@ class NoisyStep:
         self.types: dict[str, torch.dtype] = {}
 
     def __call__(self, points: Tensor) -> Ran:
-        """
+        """Run the step.
+
         :param points: ``(n, k, state_width + noise_width)``
         """
         n, k, _ = points.shape
@@ -246,7 +247,7 @@ class NoisyStep:
         return Ran(
             self._joined([sites.sites[name].value for name in self.layout.latents], n, k),
             value if self.gaps else value[..., :0], data.mean.reshape(n, k, -1),
-            data.covariance.reshape(n, k, *data.covariance.shape[1:]), value[:, 0].detach(),
+            data.covariance.reshape(n, k, *data.covariance.shape[1:]), value[:, 0],
             data.present.reshape(n, k, -1)[:, 0], after, sites.sites)
 
     def next_state(self, points: Tensor) -> Tensor:
