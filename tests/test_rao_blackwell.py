@@ -166,6 +166,8 @@ def test_gaps_that_feed_the_state_are_integrated_out():
 class Volatility(seq.SequentialModel):
     """A level whose log scale is a random walk, a count that reads the scale alone, both Gaussians in one tensor."""
 
+    reads_count = False
+
     def start(self, rows):
         return torch.zeros(rows, 2)
 
@@ -173,21 +175,58 @@ class Volatility(seq.SequentialModel):
         s = pyro.sample("s", dist.Normal(0.9 * h[:, 1], 0.4))
         z = pyro.sample("z", dist.Normal(h[:, 0], (0.5 * s).exp()))
         pyro.sample("x", dist.Normal(z, 0.5), obs=x)
-        pyro.sample("n", dist.Poisson(s.exp()), obs=n)
-        return torch.stack([z, s], -1)
+        n = pyro.sample("n", dist.Poisson(s.exp()), obs=n)
+        return torch.stack([z + n if self.reads_count else z, s], -1)
 
 
-def test_a_conditioning_latent_may_be_continuous_and_data_may_read_it_alone():
-    """One step against quadrature: z-test as above."""
-    x, n = torch.tensor([[1.3]]), torch.tensor([[2.0]])
+@pytest.mark.parametrize("count", [2.0, math.nan])
+def test_a_conditioning_latent_may_be_continuous_and_data_may_read_it_alone(count):
+    """One step against quadrature: z-test as above. A gap in the count, which nothing reads, leaves it out."""
+    x, n = torch.tensor([[1.3]]), torch.tensor([[count]])
     grid = torch.linspace(-4, 4, 4001)
-    density = (dist.Normal(0.0, 0.4).log_prob(grid) + dist.Normal(0.0, (grid.exp() + 0.25).sqrt()).log_prob(x[0, 0])
-               + dist.Poisson(grid.exp()).log_prob(n[0, 0])).exp()
-    exact = torch.trapezoid(density, grid).log()
+    density = dist.Normal(0.0, 0.4).log_prob(grid) + dist.Normal(0.0, (grid.exp() + 0.25).sqrt()).log_prob(x[0, 0])
+    if not math.isnan(count):
+        density = density + dist.Poisson(grid.exp()).log_prob(n[0, 0])
+    exact = torch.trapezoid(density.exp(), grid).log()
     posterior = seq.RaoBlackwellisedFilter(Volatility(), 50).run({"x": x.expand(400, 1), "n": n.expand(400, 1)})
     ratio = (posterior.log_evidence - exact).exp()
     assert abs((ratio.mean() - 1) / (ratio.std() / 20)) < 4.4
     assert posterior.notes == ("found linear-Gaussian in ['z'] given ['s'] at the points tested",)
+
+
+@pytest.mark.parametrize("t", [1, 2, 4])
+def test_a_gap_that_is_read_and_not_gaussian_is_refused(t):
+    model = Volatility()
+    model.reads_count = True
+    data = {"x": torch.randn(1, 6), "n": torch.ones(1, 6)}
+    assert seq.RaoBlackwellisedFilter(model, 5).run(data).log_evidence.isfinite().all()
+    data["n"][0, t] = math.nan
+    with pytest.raises(ValueError, match="(?s)the next state of Volatility is not linear in.* or in data that is missing"):
+        seq.RaoBlackwellisedFilter(model, 5).run(data)
+
+
+class Follows(seq.SequentialModel):
+    """A regime that reads the data of its own frame, as a gap does not tell it."""
+
+    def start(self, rows):
+        return torch.zeros(rows)
+
+    def step(self, h, x=None, y=None):
+        z = pyro.sample("z", dist.Normal(h, 1.0))
+        x = pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        k = pyro.sample("k", dist.Bernoulli(logits=x))
+        pyro.sample("y", dist.Normal(z + k, 1.0), obs=y)
+        return z
+
+
+def test_a_gap_that_a_conditioning_latent_reads_is_refused():
+    data = {"x": torch.randn(1, 6), "y": torch.randn(1, 6)}
+    assert seq.RaoBlackwellisedFilter(Follows(), 5).run(data).log_evidence.isfinite().all()
+    data["y"][0, 3] = math.nan
+    assert seq.RaoBlackwellisedFilter(Follows(), 5).run(data).log_evidence.isfinite().all()
+    data["x"][0, 4] = math.nan
+    with pytest.raises(ValueError, match="site 'k' of Follows is to be drawn, and depends on .* or on data that is missing"):
+        seq.RaoBlackwellisedFilter(Follows(), 5).run(data)
 
 
 def test_less_variance_than_the_bootstrap_filter():

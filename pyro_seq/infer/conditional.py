@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from itertools import combinations
+from itertools import combinations, islice
 from typing import Any, NamedTuple
 
 import pyro
@@ -21,6 +21,7 @@ from torch.distributions import Distribution, Independent, MultivariateNormal, N
 from torch.distributions.lowrank_multivariate_normal import LowRankMultivariateNormal
 
 from pyro_seq.engine.families import in_support, sample
+from pyro_seq.engine.reads import another
 from pyro_seq.engine.sites import Proposal, Site, StepSites
 from pyro_seq.engine.state import State, leaves, map_state
 from pyro_seq.infer.linear import SCALES, _moments
@@ -35,6 +36,7 @@ _DUE = frozenset({1, *(2 * 4**k for k in range(20))})
 step reads the time or covariates."""
 _TESTED_ROWS = 256
 _COPIES = 8
+_MOST_TRIES = 64
 
 
 class Split(NamedTuple):
@@ -99,7 +101,7 @@ class Marginalised:
         base = self._draw(state, frame)
         columns, width = self._columns(base, mean.shape[-1])
         step = _Affine(self, base, state, frame, columns, mean.shape[-1], width)
-        if self.always or frame.t in _DUE:
+        if self.always or base.feeds or frame.t in _DUE:
             step.require_affine()
         (u, spread), log_density = step.condition(mean, covariance)
         for name in base.plain:
@@ -155,11 +157,6 @@ class Marginalised:
                     require_marginal(name, site.p, self.kind)
                 gaussian.append(name)
         feeds = frame.missing and self.declared.missing_feeds_state
-        for name in plain:
-            if feeds and step.sites[name].present is not None:
-                raise ValueError(f"site {name!r} of {self.kind} is {type(innermost(step.sites[name].p)).__name__} and "
-                                 f"missing at time {frame.t}, and the step reads its data: a gap that feeds the state must "
-                                 "be Gaussian to be integrated out. Use ParticleFilter, which draws it")
         return _Base(step.sites, step.drawn, after, tuple(gaussian), tuple(plain), feeds)
 
     @staticmethod
@@ -294,12 +291,12 @@ class _Affine:
         ran = self._run(tests, rows, whole=True)
         kind, where = self.model.kind, f"(tested at {len(tests)} points of scales {SCALES[0]:g} to {SCALES[-1]:g})"
         given = f" given {list(self.model.split.conditioning)}" if self.model.split.conditioning else ""
-        marginal = list(self.model.split.marginal)
+        marginal = f"{list(self.model.split.marginal)}{' or on data that is missing' if self.base.feeds else ''}"
         for name, values in ran.densities.items():
             if not _same(values, values[:, :1]):
                 what = "observed and not Gaussian" if name in self.base.plain else "to be drawn"
                 raise ValueError(f"site {name!r} of {kind} is {what}, and depends on {marginal}, which are to be "
-                                 f"marginalised {where}: the model is not linear-Gaussian in {marginal}{given}")
+                                 f"marginalised {where}: the model is not linear-Gaussian in the latter{given}")
         exact = next((v for v in self.frame.x.values() if v.is_floating_point()), torch.zeros(())).dtype == torch.float64
         tolerance = 1e-9 if exact else 2e-4
         for name, columns in self.columns.items():
@@ -308,7 +305,7 @@ class _Affine:
             spread, found = self.covariances[name][rows][:, None], ran.covariances[name]
             if not ((found - spread).abs() <= tolerance * spread.abs().amax((-1, -2), keepdim=True)).all():
                 raise ValueError(f"site {name!r} of {kind} is Gaussian, but its covariance depends on {marginal} {where}: "
-                                 f"the model is not linear-Gaussian in {marginal}{given}")
+                                 f"the model is not linear-Gaussian in the latter{given}")
         self._require(f"the next state of {kind}", ran.after, self.after[rows], self.next_matrix[rows], tests, tolerance, given,
                       where)
         for leaf in ran.others:
@@ -321,8 +318,9 @@ class _Affine:
         expected = base[:, None] + tests @ matrix.mT
         size = base.abs()[:, None] + tests.abs() @ matrix.abs().mT + found.abs() + 1e-12
         if not ((found - expected).abs() <= tolerance * size).all():
-            raise ValueError(f"{what} is not linear in {list(self.model.split.marginal)}{given} {where}: a Kalman filter is "
-                             "not exact for them. Use ParticleFilter, or marginalise fewer sites")
+            gaps = " or in data that is missing" if self.base.feeds else ""
+            raise ValueError(f"{what} is not linear in {list(self.model.split.marginal)}{gaps}{given} {where}: a Kalman filter "
+                             "is not exact for them. Use ParticleFilter, or marginalise fewer sites")
 
     def _run(self, points: Tensor, rows: Tensor, whole: bool = False) -> _Ran:
         """Run the step on ``rows``, each at all the ``(P, W)`` points of u."""
@@ -338,6 +336,9 @@ class _Affine:
         for name, where in self.columns.items():
             like = base.sites[name].value
             values[name] = u[:, where].to(like.dtype).reshape(total, *like.shape[1:])
+        for name in base.plain:
+            if whole and base.feeds and (site := base.sites[name]).present is not None:
+                values[name] = repeated(another(site.p, site.value))  # whoever reads the gap will show it
         many = Frame(frame.t if isinstance(frame.t, int) else repeated(frame.t), total,
                      {k: repeated(v) for k, v in frame.x.items()}, {k: repeated(v) for k, v in frame.covariates.items()},
                      frame.missing, repeated(frame.sequence), frame.first, {k: repeated(v) for k, v in frame.observed.items()},
@@ -523,16 +524,15 @@ def marginalise(model: Any, sequences: Sequences, marginal: Iterable[str] | None
     if not candidates:
         raise ValueError(f"{kind} has no Gaussian latent to marginalise; its latent sites are "
                          f"{ {name: type(innermost(fns[-1])).__name__ for name, fns in latents.items()} }: use ParticleFilter")
-    first: ValueError | None = None
-    for tries, names in enumerate(names for n in range(len(candidates), 0, -1) for names in combinations(candidates, n)):
-        if tries == 64:
-            break
+    reasons: list[str] = []
+    for names in islice((names for n in range(len(candidates), 0, -1) for names in combinations(candidates, n)), _MOST_TRIES):
         for kept in ({*names, *always}, {*names}) if always else ({*names},):
+            tried = tuple(n for n in latents if n in kept)
             try:
-                return _tested(model, sequences, tuple(n for n in latents if n in kept), latents, steps)
+                return _tested(model, sequences, tried, latents, steps)
             except ValueError as error:
-                first = first or error
-    raise ValueError(f"no latent of {kind} can be marginalised given the others. Of all that are Gaussian: {first}") from first
+                reasons.append(f"{list(tried)}: {error}")
+    raise ValueError(f"no latent of {kind} can be marginalised given the others. {'; '.join(reasons[:3])}")
 
 
 def _latents(model: Any, sequences: Sequences) -> dict[str, list[Distribution]]:
