@@ -10,6 +10,7 @@ from pyro_seq.guides.recurrent import FilteringGuide, SmoothingGuide
 from pyro_seq.infer.by_step import elbo_by_step, reconstruct
 from pyro_seq.infer.compare import compare
 from pyro_seq.infer.elbo import SequentialELBO
+from pyro_seq.infer.hmm import ForwardBackward
 from pyro_seq.infer.kalman import GaussianPosterior, KalmanFilter
 from pyro_seq.infer.particle_filter import ParticleFilter
 from pyro_seq.infer.posterior import Posterior
@@ -20,6 +21,7 @@ from pyro_seq.sequences import Sequences
 __all__ = [
     "AmortizedVariationalFilter",
     "FilteringGuide",
+    "ForwardBackward",
     "GaussianPosterior",
     "KalmanFilter",
     "ParticleFilter",

@@ -251,8 +251,12 @@ class StateSpaceModel(SequentialModel):
 
     def apply(self, state: State, frame: Frame) -> State:
         state = self._latent_step(state, frame)
-        self.emission(state, **self._inputs(self.emission, frame, 1))
+        self.apply_emission(state, frame)
         return state
+
+    def apply_emission(self, state: State, frame: Frame) -> None:
+        """Run the emission alone, given the state of each row."""
+        self.emission(state, **self._inputs(self.emission, frame, 1))
 
     def can_draw_latents(self) -> bool:
         return True

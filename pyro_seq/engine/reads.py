@@ -12,7 +12,7 @@ from pyro_seq.engine.families import sample
 from pyro_seq.engine.sites import StepSites
 from pyro_seq.sequences import Sequences
 
-__all__ = ["reads_observed"]
+__all__ = ["another", "reads_observed"]
 
 
 def reads_observed(model: Any, sequences: Sequences) -> bool:
@@ -32,7 +32,7 @@ def reads_observed(model: Any, sequences: Sequences) -> bool:
         with torch.random.fork_rng(devices), torch.no_grad():
             with StepSites(frame, impute=True) as first:
                 model.apply(model.begin(frame), frame)
-            values = {name: _another(site.p, site.value) if site.observed else site.value for name, site in first.sites.items()}
+            values = {name: another(site.p, site.value) if site.observed else site.value for name, site in first.sites.items()}
             with StepSites(frame, values=values, impute=True) as second:
                 model.apply(model.begin(frame), frame)
     except (ValueError, RuntimeError, TypeError):
@@ -41,7 +41,7 @@ def reads_observed(model: Any, sequences: Sequences) -> bool:
                for after in [_parameters(second.sites[name].p)] for key, value in _parameters(site.p).items() if key in after)
 
 
-def _another(fn: Distribution, value: Tensor) -> Tensor:
+def another(fn: Distribution, value: Tensor) -> Tensor:
     """A value that differs in every entry, where there is one."""
     other = sample(fn)
     if value.is_floating_point() and not fn.support.is_discrete:

@@ -1,0 +1,423 @@
+"""Tables of a declared model with discrete latents, read off its step by running it on every value they can take.
+
+    log pi(k)           the latents of the first step                        (1 or B, K)
+    log A_t(j, k)       those of step t given those of step t - 1            (1 or T - 1, 1 or B, K, K)
+    log g_t(k)          the data of step t                                   (T, B, K)
+
+``k`` runs over the product of the supports of a step's latent sites, in the order they are sampled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from pyro.distributions.util import scale_and_mask
+from torch import Tensor
+from torch.distributions import Bernoulli, Categorical, Distribution, Independent
+
+from pyro_seq.engine.families import log_density
+from pyro_seq.engine.loop import Checked, check_step
+from pyro_seq.engine.reads import another
+from pyro_seq.engine.sites import LatentsDrawn, Site, StepSites
+from pyro_seq.engine.state import State, leaves, map_state
+from pyro_seq.infer.run import refuse_scaled
+from pyro_seq.model import StateSpaceModel
+from pyro_seq.module import accepted
+from pyro_seq.sequences import Frame, Sequences, first_rows, repeat_rows
+
+__all__ = ["Support", "Tables", "first_step", "later_step", "read_support", "read_tables"]
+
+_MOST_STATES = 4096
+_MOST_NUMBERS = 2**24  # of a flat call: 128 MB in double precision
+
+
+class Support:
+    """The values that the latent sites of one step can take.
+
+    :param values: by site, in the order sampled, ``(K_site, *event)``.
+    """
+
+    def __init__(self, values: dict[str, Tensor]):
+        self.values = values
+        self.sizes = [len(v) for v in values.values()]
+        self.num_states = math.prod(self.sizes)
+        index = torch.cartesian_prod(*(torch.arange(n, device=v.device) for n, v in zip(self.sizes, values.values())))
+        index = index.reshape(self.num_states, len(values))
+        self.joint = {name: v[index[:, i]] for i, (name, v) in enumerate(values.items())}
+        """By site, ``(K, *event)``: what each joint state stands for."""
+        self.last = list(values)[-1]
+        self.prefix = {name: v[::self.sizes[-1]] for name, v in self.joint.items() if name != self.last}
+        """The sites before the last one, over the product of their supports."""
+
+    def marginal(self, probabilities: Tensor, site: str) -> Tensor:
+        """``(..., K)`` over joint states to ``(..., K_site)``."""
+        if len(self.sizes) == 1:
+            return probabilities
+        kept = list(self.values).index(site)
+        others = [i - len(self.sizes) for i in range(len(self.sizes)) if i != kept]
+        return probabilities.unflatten(-1, self.sizes).sum(others)
+
+    def rows(self, times: int) -> dict[str, Tensor]:
+        """The joint values, all of them ``times`` times over."""
+        return {name: v.repeat(times, *(1,) * (v.dim() - 1)) for name, v in self.joint.items()}
+
+
+class Tables(NamedTuple):
+    """A batch of hidden Markov chains, in packed order and double precision; padding holds zeros."""
+
+    log_initial: Tensor
+    """``(1 or B, K)``"""
+    log_transition: Tensor
+    """``(1 or T - 1, 1 or B, K, K)`` from row to column. With the part of the emission that depends on both, where one does;
+    rows then sum to less than one."""
+    log_emission: Tensor
+    """``(T, B, K)``"""
+    counts: list[int]
+    """Running sequences at each step."""
+
+
+def read_support(model: Any, sequences: Sequences) -> tuple[Support, bool]:
+    """The support of the latents, and whether the state that a step leaves is made of their very values.
+
+    :raises ValueError: naming the site whose support cannot be enumerated.
+    """
+    longest = sequences.select([int(sequences.lengths.argmax())])
+    found: list[tuple[dict[str, Tensor], tuple[str | None, ...]]] = []
+    state: State = None
+    for frame in longest.packed.frames(1, 1, min(2, longest.num_steps)):
+        values: dict[str, Tensor] = {}
+
+        def propose(name: str, p: Distribution, values: dict[str, Tensor] = values) -> tuple[None, Tensor]:
+            values[name] = _enumerate(name, p)
+            return None, values[name][:1]
+
+        before = model.begin(frame) if frame.first else state
+        versions = [leaf._version for leaf in leaves(before)]
+        with StepSites(frame, propose) as step:
+            state = model.apply(before, frame)
+        check_step(model, step.sites, before, state, frame, versions)
+        refuse_scaled(model, step)
+        made_of = tuple(next((name for name, site in step.latents.items() if site.value is leaf), None)
+                        for leaf in leaves(state))
+        found.append((values, made_of))
+    first, last = found[0], found[-1]
+    if not first[0]:
+        raise ValueError(f"{type(model).__name__} samples no latent site: there is nothing to infer")
+    if list(first[0]) != list(last[0]) or not all(torch.equal(v, last[0][name]) for name, v in first[0].items()):
+        sizes = [{name: len(v) for name, v in values.items()} for values, _ in (first, last)]
+        raise ValueError(f"the latent sites of {type(model).__name__} and the sizes of their supports are {sizes[0]} at the "
+                         f"first step and {sizes[1]} at the second: sample the same sites with the same supports, in the same "
+                         "order, at every step")
+    if (states := math.prod(len(v) for v in first[0].values())) > _MOST_STATES:
+        raise ValueError(f"the latent sites {list(first[0])} of {type(model).__name__} have {states} joint values a step, more "
+                         f"than the {_MOST_STATES} that exact inference takes on: use ParticleFilter")
+    return Support(first[0]), first[1] == last[1] and None not in first[1]
+
+
+def _enumerate(name: str, p: Distribution) -> Tensor:
+    """``(K, *event)``: every value of a site."""
+    base = p
+    while isinstance(base, Independent):
+        base = base.base_dist
+    kind = type(base).__name__
+    if not base.has_enumerate_support:
+        raise ValueError(f"site {name!r} is {kind}, which has no finite support to enumerate: ForwardBackward takes latents "
+                         "such as Categorical and Bernoulli. Use KalmanFilter for a linear-Gaussian model, else ParticleFilter")
+    try:
+        values = base.enumerate_support(expand=False).detach()
+    except NotImplementedError as error:
+        raise ValueError(f"site {name!r}: the support of {kind} differs from row to row ({error}): give it one size") from error
+    values = values.reshape(len(values), *base.event_shape)
+    if p is base:
+        return values
+    width = p.event_shape[:len(p.event_shape) - len(base.event_shape)].numel()
+    if len(values)**width > _MOST_STATES:
+        raise ValueError(f"site {name!r} holds {width} independent {kind} variables, which have {len(values)}**{width} joint "
+                         f"values, more than the {_MOST_STATES} that exact inference takes on: use ParticleFilter")
+    index = torch.cartesian_prod(*[torch.arange(len(values), device=values.device)] * width).reshape(-1, width)
+    return values[index].reshape(len(index), *p.event_shape)
+
+
+def read_tables(model: Any, sequences: Sequences, support: Support, state_is_latents: bool) -> tuple[Tables, State]:
+    """The tables of a batch, and the state after each sequence's last frame: ``(B * K, ...)`` rows in packed order, or
+    ``(K, ...)`` where it is the same for all of them."""
+    reads_gaps = sequences.has_missing and model.missing_feeds_state
+    if isinstance(model, StateSpaceModel) and type(model).apply is StateSpaceModel.apply and not reads_gaps:
+        whole = _Whole(model, sequences, support)
+        if whole.applies(state_is_latents):
+            return whole.tables(), whole.states
+    return _step_by_step(model, sequences, support)
+
+
+class _Whole:
+    """A state-space model whose state is known for each joint value: all times are scored in one call."""
+
+    def __init__(self, model: StateSpaceModel, sequences: Sequences, support: Support):
+        self.model, self.packed, self.support = model, sequences.packed, support
+        self.alone = sequences.select([int(sequences.lengths.argmax())]).packed
+        self.covariates = set(sequences.covariates)
+        self.states: State = None
+
+    def applies(self, state_is_latents: bool) -> bool:
+        """Whether the state is a function of the current latents alone, found by running every pair of values."""
+        k, model = self.support.num_states, self.model
+        _, self.states = self._run(None, self.alone.flat(1, 1, k), self.support.joint)
+        if set(self._run_latents) != set(self.support.values):
+            return False  # one is sampled in the emission
+        if state_is_latents or len(self.alone.counts) == 1 and not self._reads(model.initial):
+            return True
+        if self._reads(model.initial) or self._reads(model.transition):
+            return False
+        _, after = self._run(map_state(lambda leaf: repeat_rows(leaf, k), self.states), self.alone.flat(2, 2, k * k),
+                             self.support.rows(k))
+        again = map_state(lambda leaf: leaf.repeat(k, *(1,) * (leaf.dim() - 1)), self.states)
+        return all(bool(_same(a, b).all()) for a, b in zip(leaves(after), leaves(again), strict=True))
+
+    def tables(self) -> Tables:
+        packed, model, steps = self.packed, self.model, len(self.packed.counts)
+        first = packed if self._reads(model.initial) else self.alone
+        initial = self._latents(None, first.flat(1, 1, self._prefixes))
+        k = self.support.num_states
+        transition = initial.new_zeros(1, 1, k, k)
+        if steps > 1:
+            names = accepted(model.transition, 1)[0]
+            later = packed if self._reads_covariates(model.transition) else self.alone
+            stop = steps if later is packed or "t" in names else 2
+            parts = [self._latents(self.states, later.flat(*window, k * self._prefixes))
+                     for window in _windows(later.counts, 2, stop, k * k)]
+            transition = _unpack(torch.cat(parts).reshape(-1, k, k), later.running[1:stop])
+        width = max(v[0, 0].numel() for v in packed.x.values())
+        parts = [self._emission(packed.flat(*window, k)) for window in _windows(packed.counts, 1, steps, k * width)]
+        return Tables(initial.double(), transition.double(),
+                      _unpack(torch.cat(parts).reshape(-1, k), packed.running).double(), packed.counts)
+
+    @property
+    def _prefixes(self) -> int:
+        return self.support.num_states // self.support.sizes[-1]
+
+    def _reads_covariates(self, method: Any) -> bool:
+        names, _, anything = accepted(method, 0 if method == self.model.initial else 1)
+        return bool(names & self.covariates) or anything and bool(self.covariates)
+
+    def _reads(self, method: Any) -> bool:
+        return self._reads_covariates(method) or "t" in accepted(method, 0 if method == self.model.initial else 1)[0]
+
+    def _run(self, state: State, frame: Frame, values: dict[str, Tensor]) -> tuple[dict[str, Site], State]:
+        sites, after = self.model.draw_latents(state, frame, lambda name, p: (None, values[name]), len(values), False)
+        self._run_latents = sites
+        return sites, after
+
+    def _latents(self, states: State, frame: Frame) -> Tensor:
+        """``(rows, K)``: log probability of the joint values from each of the ``rows`` (row, state before).
+
+        The step is run on the values of all sites but the last one, which is scored on its whole support.
+        """
+        support, count = self.support, self._prefixes
+        before = map_state(lambda leaf: repeat_rows(leaf, count), states)
+        before = map_state(lambda leaf: leaf.repeat(frame.rows // leaf.shape[0], *(1,) * (leaf.dim() - 1)), before)
+        last = support.values[support.last]
+        values = {n: v.repeat(frame.rows // count, *(1,) * (v.dim() - 1)) for n, v in support.prefix.items()}
+        values[support.last] = last[:1].expand(frame.rows, *last.shape[1:])
+        with suppress(LatentsDrawn):
+            sites, _ = self._run(before, frame, values)
+        _check_latents(self.model, support, sites)
+        site = sites[support.last]
+        every = last[:, None].expand(len(last), frame.rows, *last.shape[1:])
+        total = _log_p(site, every).transpose(0, 1)
+        for name in support.prefix:
+            total = total + _log_p(sites[name], sites[name].value)[:, None]
+        return total.reshape(-1, support.num_states)
+
+    def _emission(self, frame: Frame) -> Tensor:
+        """``(rows,)`` log density of the data."""
+        times = frame.rows // self.support.num_states
+        states = map_state(lambda leaf: leaf.repeat(times, *(1,) * (leaf.dim() - 1)), self.states)
+        with StepSites(frame) as step:
+            self.model.apply_emission(states, frame)
+        return _observed(step, frame)
+
+
+def _step_by_step(model: Any, sequences: Sequences, support: Support) -> tuple[Tables, State]:
+    """The general case: a loop over time, each step run on every pair of joint values."""
+    packed, k, checks = sequences.packed, support.num_states, Checked()
+    transitions, emissions, ended, state = [], [], [], None
+    for frame in chain(packed.frames(k, 1, 1), packed.frames(k * k, 2)):
+        t, count = frame.t, packed.counts[frame.t - 1]
+        with checks:
+            if t == 1:
+                initial, observed, state = first_step(model, support, frame)
+            else:
+                state = map_state(lambda leaf, n=count * k: first_rows(leaf, n), state)
+                transition, observed, state = later_step(model, support, state, frame)
+                transitions.append(_padded(transition, packed.counts[0]))
+        emissions.append(_padded(observed, packed.counts[0]))
+        following = packed.counts[t] if t < len(packed.counts) else 0
+        if following < count:
+            ended.insert(0, map_state(lambda leaf, a=following * k, b=count * k: leaf[a:b], state))
+    transition = torch.stack(transitions) if transitions else initial.new_zeros(1, 1, k, k)
+    final = map_state(lambda *parts: torch.cat(parts), *ended)
+    return Tables(initial.double(), transition.double(), torch.stack(emissions).double(), packed.counts), final
+
+
+def first_step(model: Any, support: Support, frame: Frame) -> tuple[Tensor, Tensor, State]:
+    """The first step on rows ``(n, K)``: ``(n, K)`` log pi, ``(n, K)`` log g, and the state of each row."""
+    latent, observed, state = _run_step(model, support, model.begin(frame), frame)
+    return latent.reshape(-1, support.num_states), observed.reshape(-1, support.num_states), state
+
+
+def later_step(model: Any, support: Support, state: State, frame: Frame) -> tuple[Tensor, Tensor, State]:
+    """A later step on rows ``(n, K, K)``, from a state of rows ``(n, K)``: log A ``(n, K, K)``, log g ``(n, K)`` and the state
+    of rows ``(n, K)``. The density of the data may depend on the state before too: g is its maximum over that, A has the rest.
+
+    :raises ValueError: if the state that the step leaves depends on the state before.
+    """
+    k = support.num_states
+    latent, observed, after = _run_step(model, support, map_state(lambda leaf: repeat_rows(leaf, k), state), frame)
+    latent, observed = latent.reshape(-1, k, k), observed.reshape(-1, k, k)
+    likeliest = latent.detach().argmax(1)  # of the states before: impossible ones may have left anything
+
+    def merge(leaf: Tensor, name: str) -> Tensor:
+        pairs = leaf.reshape(-1, k, k, *leaf.shape[1:])
+        index = likeliest.reshape(-1, 1, k, *(1,) * (leaf.dim() - 1)).expand(-1, 1, k, *leaf.shape[1:])
+        one = pairs.gather(1, index)
+        differs = ~_same(pairs, one.expand_as(pairs)).reshape(*pairs.shape[:3], -1).all(-1) & (latent > -torch.inf)
+        if differs.any():
+            when = f" at time {frame.t}" if isinstance(frame.t, int) else ""
+            raise ValueError(
+                f"{name} that {type(model).__name__} leaves{when} depends on the latents {list(support.values)} of the step "
+                "before, not on the current ones and the data alone, so there is no finite table of transitions. If the model "
+                f"remembers several steps of them, carry them as one: a Categorical over pairs of regimes, {k}**2 values")
+        return one.reshape(-1, *leaf.shape[1:])
+
+    names = iter(_names(after))
+    after = map_state(lambda leaf: merge(leaf, next(names)), after)
+    shift = observed.detach().amax(1)
+    shift = torch.where(shift > -torch.inf, shift, 0.0)
+    return latent + observed - shift[:, None], shift, after
+
+
+def _run_step(model: Any, support: Support, state: State, frame: Frame) -> tuple[Tensor, Tensor, State]:
+    """One whole step with every latent given: log p of the latents, of the data, and the state, a row each."""
+    values = support.rows(frame.rows // support.num_states)
+    versions = [leaf._version for leaf in leaves(state)]
+    with StepSites(frame, values=values) as step:
+        after = model.apply(state, frame)
+    _check_latents(model, support, step.latents)
+    check_step(model, step.sites, state, after, frame, versions)
+    latent = sum(_log_p(site, site.value) for site in step.latents.values())
+    observed = _observed(step, frame)
+    gaps = {name: site for name, site in step.sites.items() if site.present is not None}
+    if gaps:
+        _refuse_read_gaps(model, state, frame, values, gaps, (latent, observed, *leaves(after)))
+    return latent, observed, after
+
+
+def _refuse_read_gaps(model: Any, state: State, frame: Frame, values: dict[str, Tensor], gaps: dict[str, Site],
+                      found: tuple[Tensor, ...]) -> None:
+    """Raise if other values in the gaps change anything: then these would have to be integrated over."""
+    devices = [frame.device] if frame.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad():
+        others = {name: another(site.p, site.value) for name, site in gaps.items()}
+        with StepSites(frame, values={**values, **others}) as step:
+            after = model.apply(state, frame)
+        latent = sum(_log_p(site, site.value) for site in step.latents.values())
+        again = (latent, _observed(step, frame), *leaves(after))
+    if not all(bool(_same(a, b).all()) for a, b in zip(found, again, strict=True)):
+        when = f" at time {frame.t}" if isinstance(frame.t, int) else ""
+        raise ValueError(f"the data of site {sorted(gaps)} is missing{when} and {type(model).__name__} reads it: what it "
+                         "would have been is not one of finitely many values, so the answer would not be exact. Use "
+                         "ParticleFilter, which draws it, or fill the gaps first")
+
+
+def _observed(step: StepSites, frame: Frame) -> Tensor:
+    """``(rows,)`` log density of the observed sites."""
+    total: Tensor | None = None
+    for name, site in step.sites.items():
+        if not site.observed:
+            continue
+        term = site.log_p()
+        if not (term < torch.inf).all():
+            row = int((~(term < torch.inf)).nonzero()[0])
+            t = frame.t if isinstance(frame.t, int) else int(frame.t[row])
+            raise ValueError(f"the model's log density of site {name!r} is NaN or infinite at time {t} in sequence "
+                             f"{int(frame.sequence[row])}: look for a scale that is zero or negative, or for an overflow")
+        total = term if total is None else total + term
+    return total
+
+
+def _log_p(site: Site, value: Tensor) -> Tensor:
+    """Log probability of a latent; of the shape of the batch of ``value``."""
+    zero = _never(site.p, value)
+    log_prob = log_density(site.p, value)
+    if log_prob.isnan().any():
+        raise ValueError(f"the log probability of site {site.name!r} is NaN: look for logits that are all -inf, or NaN")
+    return scale_and_mask(log_prob if zero is None else log_prob.masked_fill(zero, -torch.inf), site.scale, site.mask)
+
+
+def _never(p: Distribution, value: Tensor) -> Tensor | None:
+    """Where a value has the probability zero that the user wrote. Torch never draws it, but scores it as about 1e-16, or
+    1e-7 in single precision, which a chain with forbidden transitions would notice."""
+    if isinstance(p, Independent):
+        zero = _never(p.base_dist, value)
+        return None if zero is None else zero.flatten(zero.dim() - p.reinterpreted_batch_ndims).any(-1)
+    probs = p.__dict__.get("probs")
+    if probs is None or "logits" in p.__dict__ or not isinstance(p, (Categorical, Bernoulli)):
+        return None
+    if isinstance(p, Bernoulli):
+        return torch.where(value == 1, probs, 1 - probs) == 0
+    probs = probs.expand(*value.shape, probs.shape[-1])
+    return (probs.gather(-1, value.long()[..., None]) == 0)[..., 0]
+
+
+def _check_latents(model: Any, support: Support, sites: dict[str, Site]) -> None:
+    if list(sites) != list(support.values):
+        raise ValueError(f"{type(model).__name__} samples the latent sites {list(support.values)} at the first step and "
+                         f"{list(sites)} at another: sample the same sites in the same order at every step")
+
+
+def _same(a: Tensor, b: Tensor) -> Tensor:
+    """Entries that differ by no more than rounding."""
+    if not a.is_floating_point():
+        return a == b
+    tolerance = 1e-9 if a.dtype == torch.float64 else 1e-4
+    size = torch.where(b.isfinite(), b, 0.0).abs().amax() if b.numel() else 0.0
+    return (a == b) | ((a - b).abs() <= tolerance * size) | (a.isnan() & b.isnan())
+
+
+def _names(state: State, name: str = "the state") -> list[str]:
+    """What to call each tensor of a state."""
+    if isinstance(state, dict):
+        return [found for key, part in state.items() for found in _names(part, f"{name}[{key!r}]")]
+    if isinstance(state, (tuple, list)):
+        keys = getattr(state, "_fields", range(len(state)))
+        return [found for key, part in zip(keys, state) for found in _names(part, f"{name}[{key!r}]")]
+    return [] if state is None else [name]
+
+
+def _windows(counts: list[int], start: int, stop: int, per_sequence: int) -> Iterator[tuple[int, int]]:
+    """Stretches of ``start..stop`` that fit into memory when run in one call."""
+    size = 0
+    for t in range(start, stop + 1):
+        size += counts[t - 1] * per_sequence
+        if t == stop or size + counts[t] * per_sequence > _MOST_NUMBERS:
+            yield start, t
+            start, size = t + 1, 0
+
+
+def _unpack(rows: Tensor, running: Tensor) -> Tensor:
+    """Rows of the running sequences, one step after the other, as ``(T, B, ...)``."""
+    if rows.shape[0] == running.numel():
+        return rows.reshape(*running.shape, *rows.shape[1:])
+    out = rows.new_zeros(*running.shape, *rows.shape[1:])
+    return out.index_put((running,), rows)
+
+
+def _padded(value: Tensor, batch: int) -> Tensor:
+    """``(n, ...)`` as ``(B, ...)``, with zeros."""
+    return value if value.shape[0] == batch else torch.cat([value, value.new_zeros(batch - value.shape[0], *value.shape[1:])])
+

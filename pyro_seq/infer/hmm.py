@@ -1,0 +1,346 @@
+"""Exact inference where the latents of a declared step take finitely many values: hidden Markov models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_seq.engine.state import State, map_state
+from pyro_seq.infer.chain import Passes, log_evidence, sample_paths, viterbi
+from pyro_seq.infer.enumerate import Support, first_step, later_step, read_support, read_tables
+from pyro_seq.infer.posterior import EXACT, Moments, Posterior
+from pyro_seq.infer.run import Stopwatch, entered
+from pyro_seq.module import own_parameters, require_model
+from pyro_seq.sequences import Frame, Sequences
+
+__all__ = ["DiscretePosterior", "Filtered", "ForwardBackward", "MostProbablePath", "Stream"]
+
+
+@dataclass(frozen=True, repr=False)
+class DiscretePosterior(Posterior):
+    """What :class:`~pyro_seq.ForwardBackward` returns: the probabilities beside the moments.
+
+    A step's *joint state* numbers the product of the supports of its latent sites, in the order they are sampled.
+    """
+
+    filtered_probabilities: Mapping[str, Tensor] = field(default_factory=dict)
+    """By site, ``(B, T, K_site)``: p(z_t | x_1..x_t), zero past a sequence's end."""
+    smoothed_probabilities: Mapping[str, Tensor] = field(default_factory=dict)
+    """By site, ``(B, T, K_site)``: p(z_t | all of x)."""
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    """By site, ``(K_site, *event)``: the value that each entry of the above is the probability of."""
+    support: Mapping[str, Tensor] = field(default_factory=dict)
+    """By site, ``(K, *event)``: its value in each joint state."""
+    pairs: Callable[[], Tensor] | None = field(default=None, repr=False)
+
+    @property
+    def pairwise(self) -> Tensor:
+        """``(B, T - 1, K, K)`` probabilities of the joint states at t (rows) and t + 1 (columns) given all of x, zero past a
+        sequence's end. Computed when asked for, since there are many."""
+        return self.pairs()
+
+
+class MostProbablePath(NamedTuple):
+    """The latents of highest joint probability with the data."""
+
+    sites: Mapping[str, Tensor]
+    """By site, ``(B, T, *event)``, zero past a sequence's end."""
+    log_prob: Tensor
+    """``(B,)`` log p(x, z) of the path, in nats."""
+    states: Tensor
+    """``(B, T)`` the path as joint states."""
+
+
+class Filtered(NamedTuple):
+    """What one frame has told a :class:`Stream`."""
+
+    probabilities: Mapping[str, Tensor]
+    """By site, ``(B, K_site)``: p(z_t | x_1..x_t)."""
+    log_predictive: Tensor
+    """``(B,)`` log p(x_t | x_1..x_t-1), in nats."""
+
+
+class ForwardBackward:
+    r"""Exact evidence, filtered, smoothed and pairwise probabilities of a model with discrete latents.
+
+    Any declared model whose latent sites have a finite support (Categorical, Bernoulli, several of them a step, vectors
+    of independent ones) and whose state after a step is a function of that step's latents and of the data: hidden Markov
+    models with emissions of any kind, transitions driven by covariates or time, Markov-switching autoregressions,
+    factorial models. The step is run once on every value of the latents, which gives tables, and the rest is recursion
+    over these in double precision. Missing entries are integrated out; where the model goes on to read them, which no
+    finite table can express, an error says so.
+
+    A probability of zero in ``Categorical(probs)`` or ``Bernoulli(probs)`` of a latent is exactly that.
+
+    :param model: a declared model.
+
+    Source: Baum, Petrie, Soules and Weiss, *A maximization technique occurring in the statistical analysis of
+    probabilistic functions of Markov chains*, 1970; Rabiner, *A Tutorial on Hidden Markov Models and Selected
+    Applications in Speech Recognition*, 1989; Hamilton, *A New Approach to the Economic Analysis of Nonstationary Time
+    Series and the Business Cycle*, 1989 (Markov switching).
+
+    Example, rain inferred from umbrellas::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> import pyro_seq as seq
+        >>> class Umbrella(seq.StateSpaceModel):
+        ...     def initial(self):
+        ...         return pyro.sample("rain", dist.Bernoulli(0.5))
+        ...     def transition(self, rain):
+        ...         return pyro.sample("rain", dist.Bernoulli(0.3 + 0.4 * rain))
+        ...     def emission(self, rain, x=None):
+        ...         return pyro.sample("x", dist.Bernoulli(0.2 + 0.7 * rain), obs=x)
+        >>> x = torch.tensor([[1.0, 1.0, 0.0, 1.0, 1.0]])
+        >>> posterior = seq.ForwardBackward(Umbrella()).run(x)
+        >>> round(posterior.total_log_evidence, 4)
+        -3.3725
+        >>> posterior.filtered["rain"].mean[0, :2]
+        tensor([0.8182, 0.8834])
+        >>> seq.ForwardBackward(Umbrella()).viterbi(x).sites["rain"]
+        tensor([[1., 1., 0., 1., 1.]])
+    """
+
+    def __init__(self, model: Any):
+        require_model(model, "ForwardBackward")
+        if model.state_grows:
+            raise TypeError("a model from seq.from_pyro has no Markov state to run through: declare it as a StateSpaceModel")
+        self.model = model
+
+    def run(self, x: Any, lengths: Any = None, *, mask: Any = None, **covariates: Any) -> DiscretePosterior:
+        """Filter and smooth a batch; the arguments are those of :class:`~pyro_seq.ParticleFilter`.
+
+        :raises ValueError: if a latent has no finite support, if the state remembers latents of earlier steps, if missing
+            data feeds the state, or if the data is impossible, naming the site or the sequence and time.
+        """
+        watch = Stopwatch()
+        sequences = Sequences.of(x, lengths, mask=mask, covariates=covariates)
+        return entered(self.model, None, sequences, lambda values: self._run(sequences, values, watch))
+
+    def log_evidence(self, x: Any, lengths: Any = None, *, mask: Any = None, **covariates: Any) -> Tensor:
+        """``(B,)`` log evidence, differentiable in the model's parameters; ``-inf`` for impossible data.
+
+        Inside a Pyro program that has entered the model, it is that of the program's own parameter values.
+        """
+        sequences = Sequences.of(x, lengths, mask=mask, covariates=covariates)
+
+        def evidence(_: dict[str, Tensor]) -> Tensor:
+            self.model.check_inputs(sequences)
+            tables, _ = read_tables(self.model, sequences, *read_support(self.model, sequences))
+            return sequences.packed.unsort(log_evidence(tables))
+
+        return entered(self.model, None, sequences, evidence, gradients=True)
+
+    def viterbi(self, x: Any, lengths: Any = None, *, mask: Any = None, **covariates: Any) -> MostProbablePath:
+        """The most probable latent paths; of equally probable ones, the states that come first in the support.
+
+        Source: Viterbi, *Error bounds for convolutional codes and an asymptotically optimum decoding algorithm*, 1967.
+        """
+        sequences = Sequences.of(x, lengths, mask=mask, covariates=covariates)
+
+        def decode(_: dict[str, Tensor]) -> MostProbablePath:
+            self.model.check_inputs(sequences)
+            support, state_is_latents = read_support(self.model, sequences)
+            tables, _ = read_tables(self.model, sequences, support, state_is_latents)
+            states, log_prob = viterbi(tables)
+            if not (log_prob > -torch.inf).all():
+                self._refuse_impossible(Passes(tables).by_step, sequences)
+            states, log_prob = _batch_first(states, sequences), sequences.packed.unsort(log_prob)
+            return MostProbablePath(_values(support, states, sequences.active), log_prob, states)
+
+        return entered(self.model, None, sequences, decode)
+
+    def stream(self) -> Stream:
+        """Filter frames as they come, in memory that does not grow."""
+        return Stream(self.model)
+
+    def _run(self, sequences: Sequences, parameters: dict[str, Tensor], watch: Stopwatch) -> DiscretePosterior:
+        self.model.check_inputs(sequences)
+        support, state_is_latents = read_support(self.model, sequences)
+        tables, states = read_tables(self.model, sequences, support, state_is_latents)
+        passes, dtype = Passes(tables), _dtype(self.model, sequences)
+        if not (passes.by_step > -torch.inf).all():
+            self._refuse_impossible(passes.by_step, sequences)
+        by_step = _batch_first(passes.by_step, sequences)
+        found = {"filtered": _batch_first(passes.filtered, sequences), "smoothed": _batch_first(passes.smooth(), sequences)}
+        marginals = {what: {name: support.marginal(p, name).to(dtype) for name in support.values} for what, p in found.items()}
+        moments = {what: {name: _moments(p, support.values[name]) for name, p in sites.items()}
+                   for what, sites in marginals.items()}
+
+        def paths(num_samples: int) -> dict[str, Tensor]:
+            drawn = sample_paths(passes, num_samples).movedim(1, 2)
+            drawn = sequences.packed.unsort(drawn.transpose(0, 1)).transpose(0, 1)
+            return _values(support, drawn, sequences.active)
+
+        def quantile(site: str, q: float | list[float]) -> Tensor:
+            return _quantile(marginals["filtered"][site], support.values[site], q)
+
+        return DiscretePosterior(
+            method="forward-backward", kind=EXACT, log_evidence=by_step.sum(1),
+            standard_error=by_step.new_zeros(len(by_step)), sequences=sequences, seconds=watch.seconds,
+            filtered=moments["filtered"], smoothed=moments["smoothed"], log_evidence_by_step=by_step, parameters=parameters,
+            final_state=_final_state(support, states, found["filtered"], sequences), paths=paths, cloud=quantile,
+            model=self.model, filtered_probabilities=marginals["filtered"], smoothed_probabilities=marginals["smoothed"],
+            values=support.values, support=support.joint,
+            pairs=lambda: _batch_first(passes.pairs(), sequences).to(dtype))
+
+    def _refuse_impossible(self, by_step: Tensor, sequences: Sequences) -> None:
+        """Name the first frame whose density is zero. ``by_step`` is ``(T, B)`` in packed order."""
+        dead = _batch_first(by_step, sequences) == -torch.inf
+        sequence = int(dead.any(1).nonzero()[0])
+        time = int(dead[sequence].nonzero()[0]) + 1
+        raise ValueError(f"the data of sequence {sequence} at time {time} is impossible: every state that "
+                         f"{type(self.model).__name__} can be in after the frames before gives it density zero. Give the "
+                         "emission heavier tails, or allow the transition; log_evidence() returns -inf")
+
+
+class Stream:
+    """A filter that is handed one frame at a time; made by :meth:`ForwardBackward.stream`.
+
+    It holds the probabilities of the joint states ``(B, K)`` and the model's state for each, and nothing of the past.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> import pyro_seq as seq
+        >>> class Coin(seq.StateSpaceModel):
+        ...     def initial(self):
+        ...         return pyro.sample("k", dist.Categorical(torch.tensor([0.5, 0.5])))
+        ...     def transition(self, k):
+        ...         return pyro.sample("k", dist.Categorical(torch.tensor([[0.9, 0.1], [0.1, 0.9]])[k]))
+        ...     def emission(self, k, x=None):
+        ...         return pyro.sample("x", dist.Normal(k.float(), 1.0), obs=x)
+        >>> stream = seq.ForwardBackward(Coin()).stream()
+        >>> for x_t in torch.tensor([0.0, 2.0]):
+        ...     filtered = stream.update(x_t[None])
+        >>> filtered.probabilities["k"].shape, filtered.log_predictive.shape
+        (torch.Size([1, 2]), torch.Size([1]))
+    """
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.time = 0
+        """Frames seen."""
+        self.parameters: Mapping[str, Tensor] = {}
+        self._support: Support | None = None
+        self._log_probabilities: Tensor | None = None
+        self._state: State = None
+
+    def update(self, x: Any, *, mask: Any = None, **covariates: Any) -> Filtered:
+        """Take in the next frame of every sequence.
+
+        :param x: one frame, ``(B, ...)`` for B sequences side by side (``(1, ...)`` for a single one), or a dict of them; NaN
+            where missing.
+        :param mask: True where observed, ``(B,)`` or of the shape of ``x``.
+        :param covariates: of this frame, ``(B, ...)`` each.
+        :raises ValueError: if the frame is impossible; the stream is then as it was before.
+        """
+        frames = {k: _one_step(v) for k, v in x.items()} if isinstance(x, Mapping) else _one_step(x)
+        if isinstance(mask, Mapping):
+            mask = {k: _one_step(v) for k, v in mask.items()}
+        elif mask is not None:
+            mask = _one_step(mask)
+        sequences = Sequences.of(frames, mask=mask, covariates={k: _one_step(v) for k, v in covariates.items()})
+        if self._log_probabilities is not None and sequences.num_sequences != len(self._log_probabilities):
+            raise ValueError(f"the frame at time {self.time + 1} holds {sequences.num_sequences} sequences and the ones before "
+                             f"{len(self._log_probabilities)}: a stream is fed one frame (B, ...) of the same sequences")
+        if self.time == 0:
+            return entered(self.model, None, sequences, lambda values: self._update(sequences, values))
+        with torch.no_grad(), own_parameters(self.model):
+            return self.model.within(lambda: self._update(sequences, self.parameters), globals=self.parameters)
+
+    def _update(self, sequences: Sequences, parameters: Mapping[str, Tensor]) -> Filtered:
+        model, t = self.model, self.time + 1
+        model.check_inputs(sequences)
+        support = self._support or read_support(model, sequences)[0]
+        k = support.num_states
+
+        def rows(times: int) -> Frame:
+            frame = next(sequences.packed.frames(times))
+            return frame._replace(t=t)
+
+        if t == 1:
+            predicted, observed, state = first_step(model, support, rows(k))
+        else:
+            transition, observed, state = later_step(model, support, self._state, rows(k * k))
+            predicted = (self._log_probabilities[..., None] + transition.double()).logsumexp(-2)
+        joint = predicted.double() + observed.double()
+        log_predictive = joint.logsumexp(-1)
+        if not (log_predictive > -torch.inf).all():
+            sequence = int((log_predictive == -torch.inf).nonzero()[0])
+            raise ValueError(f"the frame of sequence {sequence} at time {t} is impossible: every state that "
+                             f"{type(model).__name__} can be in gives it density zero")
+        self.time, self.parameters, self._support, self._state = t, parameters, support, state
+        self._log_probabilities = joint - log_predictive[:, None]
+        probabilities = self._log_probabilities.exp().to(_dtype(model, sequences))
+        return Filtered({name: support.marginal(probabilities, name) for name in support.values}, log_predictive)
+
+
+def _one_step(value: Any) -> Tensor:
+    value = value if isinstance(value, Tensor) else torch.as_tensor(value)
+    if value.dim() == 0:
+        raise ValueError("a frame is a single number, and a stream is fed (B, ...), one entry a sequence: use x[None]")
+    return value[:, None]
+
+
+def _dtype(model: Any, sequences: Sequences) -> torch.dtype:
+    """That of the data if it is floating, else of the parameters."""
+    floating = [v.dtype for v in (*sequences.x.values(), *model.parameters()) if v.is_floating_point()]
+    return floating[0] if floating else torch.get_default_dtype()
+
+
+def _batch_first(value: Tensor, sequences: Sequences) -> Tensor:
+    """``(T, B, ...)`` in packed order to ``(B, T, ...)`` in the user's."""
+    return sequences.packed.unsort(value.transpose(0, 1))
+
+
+def _values(support: Support, states: Tensor, active: Tensor) -> dict[str, Tensor]:
+    """Joint states ``(..., B, T)`` as the values of each site, zero past a sequence's end."""
+    return {name: torch.where(active.reshape(*active.shape, *(1,) * (v.dim() - 1)), v[states], torch.zeros_like(v[0]))
+            for name, v in support.joint.items()}
+
+
+def _moments(probabilities: Tensor, values: Tensor) -> Moments:
+    numbers = values.to(probabilities.dtype).flatten(1) if values.dim() > 1 else values.to(probabilities.dtype)[:, None]
+    shape = (*probabilities.shape[:-1], *values.shape[1:])
+    centre = numbers.mean(0)
+    mean = probabilities @ (numbers - centre)
+    variance = probabilities @ (numbers - centre).square() - mean.square()
+    inside = probabilities.sum(-1, keepdim=True) > 0
+    return Moments((mean + torch.where(inside, centre, 0.0)).reshape(shape), variance.clamp(min=0).reshape(shape))
+
+
+def _quantile(probabilities: Tensor, values: Tensor, q: float | list[float]) -> Tensor:
+    """The smallest value whose cumulative probability reaches q, entry by entry; zero past a sequence's end."""
+    levels = torch.as_tensor(q, dtype=probabilities.dtype, device=probabilities.device)
+    numbers, order = values.reshape(len(values), -1).to(probabilities.dtype).sort(dim=0, stable=True)
+    cumulative = probabilities[..., order.T].cumsum(-1)
+    total = cumulative[..., -1:]
+    index = (cumulative < levels.reshape(-1, *(1,) * cumulative.dim()) * total * (1 - 1e-9)).sum(-1).clamp(max=len(values) - 1)
+    found = numbers.T[torch.arange(numbers.shape[1], device=index.device), index] * (total[..., 0] > 0)
+    found = found.reshape(-1, *probabilities.shape[:2], *values.shape[1:])
+    return found[0] if levels.dim() == 0 else found
+
+
+def _final_state(support: Support, states: State, filtered: Tensor, sequences: Sequences) -> Callable[[int], State]:
+    """A sampler of the state after each sequence's last frame."""
+    batch, k, packed = sequences.num_sequences, support.num_states, sequences.packed
+    row = torch.arange(batch, device=filtered.device)
+    last = filtered[row, sequences.lengths - 1]
+
+    def in_users_order(leaf: Tensor) -> Tensor:
+        if leaf.shape[0] == k:  # the same for every sequence
+            return leaf.repeat(batch, *(1,) * (leaf.dim() - 1))
+        return packed.unsort(leaf.reshape(batch, k, *leaf.shape[1:])).flatten(0, 1)
+
+    def sample(num_samples: int) -> State:
+        drawn = torch.multinomial(last, num_samples, replacement=True)
+        index = (row[:, None] * k + drawn).reshape(-1)
+        return map_state(lambda leaf: in_users_order(leaf)[index], states)
+
+    return sample
+
+
