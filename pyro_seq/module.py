@@ -60,16 +60,19 @@ class SequentialModule(PyroModule):
         if self.__dict__["_values"] is not None:
             return fn(*args, **kwargs)
         self._refuse_collisions()
-        if globals is None:
-            values = self._read()
-        else:
-            with poutine.block(hide=list(globals)), poutine.condition(data=dict(globals)):
-                values = self._read()
-        self.__dict__["_values"] = values
+        frozen = [p for p in self.parameters() if not p.requires_grad]
         try:
+            if globals is None:
+                values = self._read()
+            else:
+                with poutine.block(hide=list(globals)), poutine.condition(data=dict(globals)):
+                    values = self._read()
+            _freeze(frozen)
+            self.__dict__["_values"] = values
             return fn(*args, **kwargs)
         finally:
             self.__dict__["_values"] = None
+            _freeze(frozen)
 
     def global_sites(self) -> list[str]:
         """Names of the ``PyroSample`` attributes, of this module and of those inside it."""
@@ -112,6 +115,12 @@ class SequentialModule(PyroModule):
                     "another model or guide of the same name: training one would silently leave the other as it is. Give "
                     f"this one a name, {type(self).__name__}(..., name='other'), or call pyro.clear_param_store() first (to "
                     "restore saved parameters, use state_dict() and load_state_dict())")
+
+
+def _freeze(parameters: list[torch.nn.Parameter]) -> None:
+    """Undo what Pyro's store does to a parameter that it is given: make it trainable."""
+    for p in parameters:
+        p.requires_grad_(False)
 
 
 def _store_name(root_module: PyroModule, root: str, prefix: str, name: str) -> str:
