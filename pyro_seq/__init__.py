@@ -12,11 +12,16 @@ from pyro_seq.infer.backtest import backtest
 from pyro_seq.infer.by_step import elbo_by_step, reconstruct
 from pyro_seq.infer.compare import compare
 from pyro_seq.infer.elbo import SequentialELBO
+from pyro_seq.infer.em import expectation_maximization
 from pyro_seq.infer.ensemble_kalman import EnsembleKalmanFilter
+from pyro_seq.infer.estimates import Estimates
 from pyro_seq.infer.extended_kalman import ExtendedKalmanFilter
+from pyro_seq.infer.gibbs import Gibbs
 from pyro_seq.infer.hmm import ForwardBackward
 from pyro_seq.infer.kalman import GaussianPosterior, KalmanFilter
 from pyro_seq.infer.likelihood import ExactLikelihood
+from pyro_seq.infer.marginal import Marginal
+from pyro_seq.infer.maximum_likelihood import maximum_likelihood
 from pyro_seq.infer.naive import Naive
 from pyro_seq.infer.particle_filter import ParticleFilter
 from pyro_seq.infer.posterior import Posterior
@@ -31,13 +36,16 @@ __all__ = [
     "AmortizedVariationalFilter",
     "AutoregressiveModel",
     "EnsembleKalmanFilter",
+    "Estimates",
     "ExactLikelihood",
     "ExtendedKalmanFilter",
     "FilteringGuide",
     "ForwardBackward",
     "GaussianPosterior",
+    "Gibbs",
     "KalmanFilter",
     "KalmanGuide",
+    "Marginal",
     "Naive",
     "ParticleFilter",
     "Posterior",
@@ -57,10 +65,12 @@ __all__ = [
     "elbo_by_step",
     "evaluate",
     "exact",
+    "expectation_maximization",
     "fit",
     "flows",
     "from_pyro",
     "inspect",
+    "maximum_likelihood",
     "reconstruct",
     "restore",
 ]
