@@ -132,7 +132,7 @@ class _Probe:
         noise = torch.zeros(*shape, d, d, dtype=torch.float64, device=self.device)
         tolerance = 1e-9 if self.dtype == torch.float64 else 2e-4
         for name, (where, mean, covariance) in out["sites"].items():
-            if self.check and not (mean[:, :, :head].isfinite().all() and covariance.isfinite().all()):
+            if self.check and not (mean[:, :, 0].isfinite().all() and covariance[:, :, 0].isfinite().all()):
                 raise ValueError(f"the mean or covariance of site {name!r} of {model} is NaN or infinite: look for a parameter "
                                  "that is, or a scale that overflows")
             base, directions = mean[:, :, 0], (mean[:, :, 1:head] - mean[:, :, :1]) / self.stride

@@ -56,7 +56,7 @@ class Draws:
         ...         return pyro.sample("x", dist.Normal(z, 1.0), obs=x)
         >>> future = seq.KalmanFilter(LocalLevel()).run(torch.zeros(2, 10)).predict(3)
         >>> future
-        Draws(x=(1000, 2, 3), z=(1000, 2, 3))
+        Draws(x=(1000, 2, 3), z=(1000, 2, 3), exact moments of ['x', 'z'])
         >>> future.times
         tensor([[11, 12, 13],
                 [11, 12, 13]])
