@@ -311,10 +311,9 @@ def test_fisher_identity(make, seed):
     assert torch.allclose(ours, parameters.gradient(method.log_evidence(sequences).sum()), atol=1e-9, rtol=1e-8)
 
 
-@pytest.mark.parametrize("make", [random_linear, random_hmm])
-def test_em_never_falls(make):
-    """Over 50 random models; expectation_maximization raises if it does, and the trace is looked at here again."""
-    for seed in range(50):
+def never_falls(make, seeds):
+    """expectation_maximization raises if the likelihood does fall; the trace is looked at here again."""
+    for seed in seeds:
         method, data, inputs = make(seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -323,14 +322,22 @@ def test_em_never_falls(make):
         assert trace[-1] > trace[0]
 
 
-def test_a_fall_is_an_error():
-    class Restless(Level):
-        def transition(self, z):
-            return pyro.sample("z", dist.Normal(z, self.level.sqrt() * (1 + torch.rand(()))))
+@pytest.mark.parametrize("make", [random_linear, random_hmm])
+def test_em_never_falls(make):
+    never_falls(make, range(3))
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [random_linear, random_hmm])
+def test_em_never_falls_over_fifty_models(make):
+    never_falls(make, range(50))
+
+
+def test_a_fall_is_an_error(monkeypatch):
+    """Here by an M-step that goes astray."""
+    monkeypatch.setattr("pyro_seq.infer.em.maximise", lambda fn, start, *_, **__: maximise(fn, start - 3, 0, 1.0))
     with pytest.raises(RuntimeError, match="the log likelihood fell .* look for dropout"):
-        for _ in range(20):
-            seq.expectation_maximization(seq.KalmanFilter(Restless(), assume_linear=True), nile(), num_iterations=20)
+        seq.expectation_maximization(seq.KalmanFilter(Level()), nile())
 
 
 # Mistakes
@@ -419,7 +426,7 @@ def grid_posterior(x):
     """Mean and variance of the two log variances of BayesianLevel, by summation over a fine grid."""
     model = Level(initial=1.0)
     method = seq.KalmanFilter(model, assume_linear=True)
-    axis = torch.linspace(-3.2, 2.8, 22)
+    axis = torch.linspace(-3.4, 2.9, 15)
     logs = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
     density = []
     with torch.no_grad():
@@ -448,7 +455,8 @@ def test_laplace_and_normal_guides_run(small):
         svi = SVI(marginal, guide, Adam({"lr": 0.1}), Trace_ELBO())
         for _ in range(steps):
             svi.step(x)
-        median = torch.stack([guide.median()[name].log() for name in ("level", "noise")])
+        found = guide if kind is AutoNormal else guide.laplace_approximation(x)
+        median = torch.stack([found.median()[name].log() for name in ("level", "noise")])
         assert ((median - mean).abs() < std).all()
     draws = Predictive(marginal, guide=guide, num_samples=3)(x)
     assert draws["level"].shape[0] == 3
@@ -458,7 +466,7 @@ def test_nuts_and_gibbs_agree_with_a_grid(small):
     """Two ways to the same posterior, against summation. Each of the means is off by more than 4.5 of its Monte Carlo
     standard errors with probability below 1e-5; the grid's own error is below 0.01."""
     x, (mean, std) = small
-    for kernel, count, warmup in ((NUTS(seq.Marginal(seq.KalmanFilter(BayesianLevel())), max_tree_depth=4), 120, 40),
+    for kernel, count, warmup in ((NUTS(seq.Marginal(seq.KalmanFilter(BayesianLevel())), max_tree_depth=3), 80, 30),
                                   (seq.Gibbs(seq.KalmanFilter(BayesianLevel())), 300, 10)):
         mcmc = MCMC(kernel, num_samples=count, warmup_steps=warmup, disable_progbar=True)
         mcmc.run(x)
@@ -480,14 +488,14 @@ class Everything(seq.StateSpaceModel):
 
     def __init__(self):
         super().__init__()
-        self.start = PyroSample(dist.Beta(2.0, 3.0))
+        self.first = PyroSample(dist.Beta(2.0, 3.0))
         self.rows = PyroSample(dist.Dirichlet(torch.tensor([[2.0, 1.0], [1.0, 3.0]])).to_event(1))
         self.locs = PyroSample(dist.Normal(torch.tensor([-1.0, 1.0]), 1.0).to_event(1))
         self.precision = PyroSample(dist.Gamma(3.0, 2.0))
         self.shift = PyroSample(dist.Laplace(0.0, 1.0))
 
     def initial(self):
-        return pyro.sample("k", dist.Categorical(torch.stack([1 - self.start, self.start])))
+        return pyro.sample("k", dist.Categorical(torch.stack([1 - self.first, self.first])))
 
     def transition(self, k):
         return pyro.sample("k", dist.Categorical(self.rows[k]))
@@ -502,7 +510,7 @@ def test_families_are_found():
     first = MCMC(kernel, num_samples=4, warmup_steps=2, disable_progbar=True)
     pyro.set_rng_seed(1)
     first.run(x, [30, 20])
-    assert kernel.updates == {"start": "beta", "rows": "Dirichlet", "locs": "normal", "precision": "gamma", "shift": "slice"}
+    assert kernel.updates == {"first": "beta", "rows": "Dirichlet", "locs": "normal", "precision": "gamma", "shift": "slice"}
     again = MCMC(seq.Gibbs(seq.ForwardBackward(Everything())), num_samples=4, warmup_steps=2, disable_progbar=True)
     pyro.set_rng_seed(1)
     again.run(x, [30, 20])
@@ -512,16 +520,14 @@ def test_families_are_found():
 
 
 def test_conjugate_updates_are_the_closed_form(monkeypatch):
-    """Given the states, the posteriors of the variances, a normal mean and a row of transition probabilities are known."""
+    """Given the states, the posterior of a variance is known."""
     seen = {}
 
-    class Recorded:
-        def __init__(self, family, *parameters):
-            self.family, self.parameters = family, parameters
+    true = dist.InverseGamma
 
-        def sample(self):
-            seen[self.family] = self.parameters
-            return getattr(dist, self.family)(*self.parameters).sample()
+    def recorded(shape, scale):
+        seen["inverse gamma"] = shape, scale
+        return true(shape, scale)
 
     z = torch.randn(2, 9).cumsum(1)
     x = z + torch.randn(2, 9)
@@ -531,14 +537,13 @@ def test_conjugate_updates_are_the_closed_form(monkeypatch):
     kernel.setup(0, x, [9, 7])
     complete = CompleteData(model, kernel._sequences, {"z": z})
     values = {"level": torch.tensor(0.7), "noise": torch.tensor(1.3)}
-    monkeypatch.setattr(seq.infer.gibbs.dist, "InverseGamma", lambda *p: Recorded("InverseGamma", *p))
     moves = torch.cat([z[0].diff(), z[1, :7].diff()])
     residuals = torch.cat([(x - z)[0], (x - z)[1, :7]])
     residuals = residuals[~residuals.isnan()]
-    monkeypatch.setattr(dist, "InverseGamma", dist.InverseGamma)
+    monkeypatch.setattr(dist, "InverseGamma", recorded)
     for name, terms, rate in (("level", moves, 1.0), ("noise", residuals, 2.0)):
         kernel._update(name, dict(values), complete)
-        shape, scale = seen["InverseGamma"]
+        shape, scale = seen.pop("inverse gamma")
         assert shape.item() == pytest.approx(3 + len(terms) / 2, rel=1e-8)
         assert scale.item() == pytest.approx(rate + terms.square().sum().item() / 2, rel=1e-8)
 
@@ -595,27 +600,27 @@ def test_the_prior_comes_back(kernel):
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", [gibbs, nuts])
 def test_the_prior_comes_back_sharply(kernel):
-    levels = prior_again(kernel, 4, 400, seed=1)
+    levels = prior_again(kernel, 4, 200, seed=1)
     for column in levels.T:
         assert stats.kstest(column, "uniform").pvalue > 1e-3
 
 
 @pytest.mark.slow
 def test_nuts_is_calibrated():
-    """Simulation-based calibration (Talts and others, 2018): ranks among 9 thinned draws, 100 replications, chi-square on 10
+    """Simulation-based calibration (Talts and others, 2018): ranks among 9 thinned draws, 60 replications, chi-square on 5
     bins; false alarms in 1 of 1000 runs a parameter."""
     ranks = []
-    for _ in range(100):
+    for _ in range(60):
         model = BayesianLevel()
         values = {name: dist.InverseGamma(3.0, scale).sample() for name, scale in (("level", 1.0), ("noise", 2.0))}
         with poutine.condition(data=values):
             x = model.simulate([10])["x"]
-        mcmc = MCMC(NUTS(seq.Marginal(seq.KalmanFilter(model)), max_tree_depth=4), num_samples=81, warmup_steps=60,
+        mcmc = MCMC(NUTS(seq.Marginal(seq.KalmanFilter(model)), max_tree_depth=3), num_samples=45, warmup_steps=40,
                     disable_progbar=True)
         mcmc.run(x)
-        ranks.append([int((mcmc.get_samples()[name][::9] < value).sum()) for name, value in values.items()])
+        ranks.append([int((mcmc.get_samples()[name][::5] < value).sum()) for name, value in values.items()])
     for column in np.array(ranks).T:
-        assert stats.chisquare(np.bincount(column, minlength=10)).pvalue > 1e-3
+        assert stats.chisquare(np.bincount(column // 2, minlength=5)).pvalue > 1e-3
 
 
 GIBBS_MISTAKES = {

@@ -36,7 +36,7 @@ from pyro_seq.sequences import Sequences
 
 __all__ = ["expectation_maximization"]
 
-_M_STEPS, _M_TOL = 100, 1e-9
+_M_STEPS, _M_TOL = 30, 1e-9
 
 
 def expectation_maximization(method: KalmanFilter | ForwardBackward, x: Any, lengths: Any = None, *, mask: Any = None,
