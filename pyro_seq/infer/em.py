@@ -23,10 +23,10 @@ from pyro_seq.engine.state import leaves
 from pyro_seq.infer.chain import log_evidence
 from pyro_seq.infer.enumerate import Tables, read_tables
 from pyro_seq.infer.estimates import Estimates, Parameters, estimates_at, refuse_unfit
-from pyro_seq.infer.gaussian import Joint
 from pyro_seq.infer.hmm import ForwardBackward
 from pyro_seq.infer.kalman import KalmanFilter
 from pyro_seq.infer.linear import LinearStep, linearise
+from pyro_seq.infer.linear_gaussian import Joint
 from pyro_seq.infer.marginal import unchecked
 from pyro_seq.infer.quasi_newton import maximise
 from pyro_seq.infer.run import entered

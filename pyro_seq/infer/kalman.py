@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pyro_seq.engine.state import State, leaves, map_state
-from pyro_seq.infer.gaussian import Backward, Carry, Forward, Joint
 from pyro_seq.infer.linear import LinearStep, linearise, linearise_later
+from pyro_seq.infer.linear_gaussian import Backward, Carry, Forward, Joint
 from pyro_seq.infer.posterior import EXACT, Moments, Posterior
 from pyro_seq.infer.run import Stopwatch, entered
 from pyro_seq.infer.scan import scan_evidence

@@ -9,8 +9,8 @@ from pyro.ops.gaussian import Gaussian, mvn_to_gaussian, sequential_gaussian_ten
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from pyro_seq.infer.gaussian import StepJoint
 from pyro_seq.infer.linear import LinearStep
+from pyro_seq.infer.linear_gaussian import StepJoint
 
 __all__ = ["scan_evidence"]
 

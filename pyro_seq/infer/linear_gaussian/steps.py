@@ -1,0 +1,111 @@
+"""What the passes over a linear-Gaussian model carry, and their one recursion."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_seq.infer.linear import LinearStep
+
+__all__ = ["Carry", "Means", "StepJoint", "Stretch", "recursion", "rows"]
+
+
+class StepJoint(NamedTuple):
+    """(state after, data) given the state before: leading dimensions ``(T or 1, B or 1)``, ``S' + X`` rows."""
+
+    matrix: Tensor
+    offset: Tensor
+    noise: Tensor
+    flat: Tensor
+    """``(S' + X, d)``"""
+
+    @classmethod
+    def of(cls, step: LinearStep, dtype: torch.dtype) -> StepJoint:
+        pick = torch.eye(step.carry.shape[-2], dtype=step.carry.dtype, device=step.carry.device)[step.observed]
+        rows = torch.cat([step.next_matrix, pick.expand(*step.next_matrix.shape[:-2], *pick.shape)], -2)
+        offset = (rows @ step.drift[..., None])[..., 0]
+        after = step.next_matrix.shape[-2]
+        offset = torch.cat([offset[..., :after] + step.next_offset, offset[..., after:]], -1)
+        parts = (rows @ step.carry, offset, rows @ step.noise @ rows.mT, rows[0, 0] @ step.diffuse)
+        return cls(*(part.to(dtype) for part in parts))
+
+
+class Carry(NamedTuple):
+    """What one frame hands to the next: the state after it, given the data so far."""
+
+    mean: Tensor
+    """``(B, S)``, for diffuse coefficients of zero."""
+    columns: Tensor
+    """``(B or 1, S, d)``: what each diffuse coefficient adds to the mean."""
+    covariance: Tensor
+    """``(B or 1, S, S)``; its square root in single precision."""
+    precision: Tensor
+    """``(B or 1, d, d)`` of the diffuse coefficients, given the data so far."""
+    score: Tensor
+    """``(B, d)``: that precision times their mean."""
+    evidence: Tensor
+    """``(B,)`` log density of the data so far, for diffuse coefficients of zero."""
+
+    @classmethod
+    def start(cls, mean: Tensor, diffuse: int) -> Carry:
+        """A known state."""
+        size = mean.shape[-1]
+        return cls(mean, mean.new_zeros(1, size, diffuse), mean.new_zeros(1, size, size),
+                   mean.new_zeros(1, diffuse, diffuse), mean.new_zeros(len(mean), diffuse), mean.new_zeros(len(mean)))
+
+
+class Stretch(NamedTuple):
+    """The frames of one part (the first of a sequence, or all later ones), ready for the recursions."""
+
+    step: LinearStep
+    joint: StepJoint
+    where: slice
+    """Its frames."""
+    closed: Tensor
+    """``(T, G, S', S)``: state after on state before, the data given."""
+    seen: Tensor
+    """``(T, G or 1, X, S)``: data on state before."""
+
+
+class Means(NamedTuple):
+    """What depends on the data's values, for ``n`` data sets at once (and, for columns, for each diffuse coefficient)."""
+
+    before: list[Tensor]
+    """A stretch each: ``(T, B, n, S)`` of the state before each frame given the data before it."""
+    residuals: Tensor
+    """``(T, B, n, X)``: the data less its prediction, zero where missing."""
+    last: Tensor
+    """``(B, n, S')`` of the state after the last frame given all data."""
+
+    @property
+    def after(self) -> Tensor:
+        """``(T, B, n, S')`` of the state after each frame given the data so far."""
+        ends = [*(part[:1] for part in self.before[1:]), self.last[None]]
+        parts = [torch.cat([part[1:], end]) if len(part) > 1 else end for part, end in zip(self.before, ends, strict=True)]
+        return torch.cat(parts)
+
+
+def rows(values: Tensor, matrix: Tensor) -> Tensor:
+    """``(T, B, n, I)`` times the transpose of ``(T or 1, B or 1, O, I)``: ``(T, B, n, O)``."""
+    if matrix.shape[-1] == 1:  # a product of numbers, for which matmul is slow
+        return values * matrix[..., 0][:, :, None]
+    if matrix.shape[1] == 1:
+        return (values.flatten(1, 2) @ matrix[:, 0].mT).unflatten(1, values.shape[1:3])
+    return values @ matrix.mT
+
+
+def recursion(matrices: Tensor, start: Tensor, pushes: Tensor) -> list[Tensor]:
+    """m_t = push_t + matrix_t m_{t-1}, on rows: ``(T, B or 1, O, I)``, ``(B, n, I)`` and ``(T, B, n, O)``."""
+    found, value = [], start
+    if matrices.shape[1] == 1:
+        value = value.flatten(0, 1)
+        for matrix, push in zip(matrices[:, 0].mT.unbind(0), pushes.flatten(1, 2).unbind(0), strict=True):
+            value = torch.addmm(push, value, matrix)
+            found.append(value)
+        return [value.unflatten(0, start.shape[:2]) for value in found]
+    for matrix, push in zip(matrices.mT.unbind(0), pushes.unbind(0), strict=True):
+        value = torch.baddbmm(push, value, matrix)
+        found.append(value)
+    return found
