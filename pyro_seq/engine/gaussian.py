@@ -6,11 +6,12 @@ import math
 from typing import NamedTuple
 
 import torch
+from pyro.distributions import Delta, ImproperUniform
 from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 from torch.distributions.lowrank_multivariate_normal import LowRankMultivariateNormal
 
-__all__ = ["Conditioned", "condition", "covariance", "innermost", "is_gaussian", "root", "semidefinite_inverse",
+__all__ = ["Conditioned", "condition", "covariance", "innermost", "is_gaussian", "moments", "root", "semidefinite_inverse",
            "semidefinite_root", "symmetric"]
 
 _FLAT = 1e-11
@@ -123,6 +124,17 @@ def covariance(fn: Distribution) -> Tensor:
     if isinstance(base, Normal):
         return torch.diag_embed(fn.variance.reshape(fn.batch_shape[0], -1))
     return _blocks(base.covariance_matrix, fn)
+
+
+def moments(fn: Distribution, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean ``(rows, ...)`` and covariance ``(rows, width, width)`` of a Gaussian, of a ``Delta``, which has none, and of an
+    ``ImproperUniform``, for which both are put at zero."""
+    base = innermost(fn)
+    if isinstance(base, (Delta, ImproperUniform)):
+        mean = torch.zeros(fn.shape(), device=device) if isinstance(base, ImproperUniform) else base.v
+        width = mean[0].numel()
+        return mean, mean.new_zeros(fn.batch_shape[0], width, width)
+    return fn.mean, covariance(fn)
 
 
 def root(fn: Distribution) -> Tensor:

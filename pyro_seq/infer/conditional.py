@@ -17,18 +17,18 @@ import pyro
 import torch
 from pyro.distributions import Delta, ImproperUniform
 from torch import Tensor
-from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
-from torch.distributions.lowrank_multivariate_normal import LowRankMultivariateNormal
+from torch.distributions import Distribution
 
 from pyro_seq.engine.families import in_support, sample
+from pyro_seq.engine.gaussian import innermost, is_gaussian, moments
 from pyro_seq.engine.reads import another
 from pyro_seq.engine.sites import Proposal, Site, StepSites
 from pyro_seq.engine.state import State, leaves, map_state
-from pyro_seq.infer.linear import SCALES, _moments
+from pyro_seq.infer.linear import SCALES
 from pyro_seq.module import accepted
 from pyro_seq.sequences import Frame, Sequences, repeat_rows
 
-__all__ = ["Marginalised", "Split", "find_split", "innermost", "is_gaussian", "marginalise", "spread"]
+__all__ = ["Marginalised", "Split", "find_split", "marginalise", "spread"]
 
 _LOG_2PI = math.log(2 * math.pi)
 _DUE = frozenset({1, *(2 * 4**k for k in range(20))})
@@ -214,7 +214,7 @@ class _Affine:
         self.moved = torch.cat(moved).to(frame.device)
         means, self.covariances = {}, {}
         for name in columns:
-            mean, covariance = _moments(base.sites[name].p, frame.device)
+            mean, covariance = moments(base.sites[name].p, frame.device)
             means[name] = mean.double().reshape(rows, -1)
             self.covariances[name] = covariance.double()
         self.means = means
@@ -352,7 +352,7 @@ class _Affine:
             if not whole:
                 means[name] = p.mean.double().reshape(*shape, -1)
                 continue
-            mean, covariance = _moments(p, frame.device)
+            mean, covariance = moments(p, frame.device)
             means[name] = mean.double().reshape(*shape, -1)
             covariances[name] = covariance.double().reshape(*shape, *covariance.shape[1:])
         moved = split.take(after, total, frame.device).reshape(*shape, -1)
@@ -374,17 +374,6 @@ class _Ran(NamedTuple):
     """``(n, P)`` of the sites that should not move."""
     others: list[Tensor]
     """``(n, P, ...)`` entries of the next state that should not."""
-
-
-def innermost(fn: Distribution) -> Distribution:
-    """The distribution inside any ``Independent``."""
-    while isinstance(fn, Independent):
-        fn = fn.base_dist
-    return fn
-
-
-def is_gaussian(fn: Distribution) -> bool:
-    return isinstance(innermost(fn), (Normal, MultivariateNormal, LowRankMultivariateNormal))
 
 
 def require_marginal(name: str, fn: Distribution, kind: str) -> None:

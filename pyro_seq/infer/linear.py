@@ -14,9 +14,9 @@ import pyro
 import torch
 from pyro.distributions import Delta, ImproperUniform
 from torch import Tensor
-from torch.distributions import Distribution, Independent, MultivariateNormal, Normal, constraints
-from torch.distributions.lowrank_multivariate_normal import LowRankMultivariateNormal
+from torch.distributions import Distribution, constraints
 
+from pyro_seq.engine.gaussian import innermost, is_gaussian, moments
 from pyro_seq.engine.sites import StepSites
 from pyro_seq.engine.state import State, leaves, map_state
 from pyro_seq.module import accepted
@@ -241,7 +241,7 @@ class _Probe:
                 where = torch.arange(start, start + width, device=self.device)
                 start += width
             _require_gaussian(site.p, name, type(self.model).__name__, flat=self.first and not site.observed)
-            mean, covariance = _moments(site.p, self.device)
+            mean, covariance = moments(site.p, self.device)
             sites[name] = (where, mean.double().reshape(*shape, width), covariance.double().reshape(*shape, width, width))
         seen = torch.cat([where for name, (where, _, _) in sites.items() if name not in self.latents])
         if len(seen.unique()) < len(seen):
@@ -296,15 +296,13 @@ class _Probe:
 
 def _require_gaussian(fn: Distribution, name: str, model: str, flat: bool = False) -> None:
     """:param flat: whether a distribution without information will do as well."""
-    base = fn
-    while isinstance(base, Independent):
-        base = base.base_dist
+    base = innermost(fn)
     if isinstance(base, ImproperUniform) and flat and _is_real(base.support):
         return
     if isinstance(base, ImproperUniform):
         raise ValueError(f"site {name!r} of {model} is ImproperUniform: only latents of the first step, without "
                          "constraints, can be diffuse")
-    if not isinstance(base, (Normal, MultivariateNormal, LowRankMultivariateNormal, Delta)):
+    if not is_gaussian(base) and not isinstance(base, Delta):
         raise ValueError(f"site {name!r} of {model} is {type(base).__name__}, not Gaussian: the Kalman filter is not exact "
                          "here. Use ParticleFilter or a guide")
 
@@ -313,22 +311,3 @@ def _is_real(support: constraints.Constraint) -> bool:
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return support is constraints.real or support is constraints.real_vector
-
-
-def _moments(fn: Distribution, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean ``(rows, ...)`` and covariance ``(rows, width, width)``."""
-    rows = fn.batch_shape[0]
-    base = fn
-    while isinstance(base, Independent):
-        base = base.base_dist
-    if isinstance(base, (Delta, ImproperUniform)):
-        mean = torch.zeros(fn.shape(), device=device) if isinstance(base, ImproperUniform) else base.v
-        width = mean[0].numel()
-        return mean, mean.new_zeros(rows, width, width)
-    if isinstance(base, Normal):
-        return fn.mean, torch.diag_embed(fn.variance.reshape(rows, -1))
-    covariance = base.covariance_matrix
-    if base.batch_shape == fn.batch_shape:
-        return fn.mean, covariance
-    blocks = covariance.reshape(rows, -1, *covariance.shape[-2:])
-    return fn.mean, torch.stack([torch.block_diag(*row) for row in blocks])

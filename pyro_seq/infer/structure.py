@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_seq.engine.families import Family
+from pyro_seq.engine.gaussian import innermost, is_gaussian
 from pyro_seq.engine.sites import Site, StepSites
 from pyro_seq.engine.state import State, leaves, map_state
-from pyro_seq.infer.conditional import innermost, is_gaussian, marginalise, spread
+from pyro_seq.infer.conditional import marginalise, spread
 from pyro_seq.infer.linear import linearise
 from pyro_seq.module import own_parameters, require_model
 from pyro_seq.sequences import Sequences, first_rows
