@@ -775,3 +775,11 @@ def test_mistakes(mistake):
     run, message = MISTAKES[mistake]
     with pytest.raises((ValueError, TypeError), match=message):
         run()
+
+
+def test_there_are_no_latents_to_look_at():
+    posterior = seq.ExactLikelihood(RecurrentNetwork(2, 3)).run(torch.zeros(1, 4, 2))
+    with pytest.raises(ValueError, match="no latent sites to make a table of"):
+        posterior.to_dataframe()
+    with pytest.raises(ValueError, match=r"no latent sites to plot.*predict"):
+        posterior.plot()

@@ -250,6 +250,8 @@ class Posterior:
                 if site in found:
                     columns |= {f"{what}_mean": found[site].mean, f"{what}_std": found[site].std}
             frames.append(_table(site, columns, _times(self.sequences), self.sequences))
+        if not frames:
+            raise ValueError(f"{self.method} has no latent sites to make a table of; log_evidence_by_step is of the data")
         return pd.concat(frames, ignore_index=True)
 
     def to_arviz(self, num_samples: int = 500) -> Any:

@@ -23,6 +23,8 @@ def _require_posterior(what: str, posterior: Any) -> None:
 
 def _line(posterior: Posterior, site: str | None, sequence: int) -> tuple[str, str, np.ndarray, np.ndarray, np.ndarray]:
     found = posterior.filtered or posterior.smoothed
+    if not found:
+        raise ValueError(f"{posterior.method} has no latent sites to plot: plot a forecast, posterior.predict(10).plot()")
     site = next(iter(found)) if site is None else site
     moments = posterior._moments(site)
     if not 0 <= sequence < posterior.sequences.num_sequences:
