@@ -147,9 +147,8 @@ class Gibbs(MCMCKernel):
         try:
             start = complete.log_joint(values)
         except (RuntimeError, TypeError) as error:
-        # In double precision, since a family is told from its neighbours by small terms.
-            raise TypeError(f"Gibbs scores {type(self.model).__name__} in double precision, which failed ({error}): convert the "
-                            "model with model.double() and the data with x.double()") from error
+            raise TypeError(f"Gibbs scores {type(self.model).__name__} in double precision, which failed ({error}): convert "
+                            "the model with model.double() and the data with x.double()") from error
         if not math.isfinite(start):
             raise ValueError(self._why_not(start))
         for name in values:
