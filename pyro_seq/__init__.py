@@ -1,6 +1,6 @@
 """Sequential latent variable models for Pyro: declare one step once, infer it in any way."""
 
-from pyro_seq import flows
+from pyro_seq import data, flows, models, plot
 from pyro_seq.fit.evaluate import evaluate
 from pyro_seq.fit.train import fit, restore
 from pyro_seq.from_pyro import from_pyro
@@ -62,6 +62,7 @@ __all__ = [
     "Variational",
     "backtest",
     "compare",
+    "data",
     "elbo_by_step",
     "evaluate",
     "exact",
@@ -71,6 +72,8 @@ __all__ = [
     "from_pyro",
     "inspect",
     "maximum_likelihood",
+    "models",
+    "plot",
     "reconstruct",
     "restore",
 ]

@@ -135,8 +135,9 @@ class Sequences:
         observed: dict[str, Tensor] = {}
         has_missing = False
         for name, value in values.items():
+            full = value.shape[1]
             value = _pad_with_last(value[:, :steps], last) if ragged else value[:, :steps]
-            present = _mask(name, mask, value, steps)
+            present = _mask(name, mask, value, steps, full)
             if present is not None:
                 present = present | ~_right(inside, present)
             if value.is_floating_point():
@@ -489,8 +490,8 @@ def _from_numpy(array: np.ndarray) -> Tensor:
 def _check_lengths(values: Mapping[str, Tensor], lengths: Any) -> tuple[int, int, Tensor]:
     name, value = next(iter(values.items()), (None, None))
     if value is None and lengths is None:
-        raise ValueError("nothing tells how many sequences of what length to simulate: pass lengths, e.g. "
-                         "model(lengths=[100] * 8)")
+        raise ValueError("no data was given, and nothing tells how many sequences of what length to simulate: pass x to infer, "
+                         "or lengths to simulate, e.g. model(lengths=[100] * 8)")
     if value is not None and (value.shape[0] == 0 or value.shape[1] == 0):
         raise ValueError(f"{name!r} has shape {tuple(value.shape)}: the batch or the time dimension is empty")
     if lengths is None:
@@ -521,7 +522,7 @@ def _pad_with_last(value: Tensor, last: Tensor) -> Tensor:
     return value.gather(1, _right(last, value).expand(value.shape))
 
 
-def _mask(name: str, mask: Any, value: Tensor, steps: int) -> Tensor | None:
+def _mask(name: str, mask: Any, value: Tensor, steps: int, full: int) -> Tensor | None:
     """``mask`` for one input as booleans of the shape of ``value``; padding is taken as observed."""
     mask = mask.get(name) if isinstance(mask, Mapping) else mask
     if mask is None:
@@ -532,8 +533,10 @@ def _mask(name: str, mask: Any, value: Tensor, steps: int) -> Tensor | None:
     if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
         raise ValueError(f"mask has dtype {mask.dtype} and entries other than 0 and 1: it is True where {name!r} is "
                          "observed")
-    mask = mask.bool()[:, :steps]
+    longer = mask.dim() > 1 and mask.shape[1] > full
+    mask = mask if longer else mask.bool()[:, :steps]
     if mask.dim() not in (2, value.dim()) or mask.shape != value.shape[:mask.dim()]:
+        single = f" or {tuple(value.shape)} (single entries)" if value.dim() > 2 else ""
         raise ValueError(f"mask has shape {tuple(mask.shape)}; for {name!r} of shape {tuple(value.shape)} it is "
-                         f"{tuple(value.shape[:2])} (whole frames) or {tuple(value.shape)} (single entries)")
+                         f"{tuple(value.shape[:2])} (whole frames){single}")
     return _right(mask, value).expand(value.shape)

@@ -828,3 +828,24 @@ def test_functions_have_no_markov_state():
         seq.ForwardBackward(seq.from_pyro(program))
     with pytest.raises(TypeError, match="ForwardBackward takes a model, not the class HiddenMarkov"):
         seq.ForwardBackward(HiddenMarkov)
+
+
+def test_data_of_probability_zero_is_impossible():
+    """Where torch would give it about 1e-16."""
+    class Certain(seq.StateSpaceModel):
+        def initial(self):
+            return pyro.sample("k", dist.Bernoulli(0.0))
+
+        def transition(self, k):
+            return pyro.sample("k", dist.Bernoulli(0.0))
+
+        def emission(self, k, x=None):
+            return pyro.sample("x", dist.Bernoulli(k[:, None].expand(-1, 2)).to_event(1), obs=x)
+
+    method = seq.ForwardBackward(Certain())
+    x = torch.tensor([[[0.0, 0.0], [0.0, 1.0]]])
+    assert method.log_evidence(x)[0] == -torch.inf
+    with pytest.raises(ValueError, match="impossible"):
+        method.run(x)
+    x[0, 1, 1] = torch.nan
+    assert method.run(x).log_evidence[0] == 0.0

@@ -544,3 +544,88 @@ def test_states_in_dictionaries_of_any_order():
     x = torch.randn(1, 6)
     expected = seq.KalmanFilter(Straight()).run(x).log_evidence
     torch.testing.assert_close(seq.KalmanFilter(Swapped()).run(x).log_evidence, expected)
+
+
+# A vague prior of the first state
+
+
+class VagueTrend(Trend):
+    def __init__(self, scale):
+        super().__init__(0.1)
+        self.scale = scale
+
+    def initial(self):
+        level = pyro.sample("level", dist.Normal(0.0, self.scale))
+        return torch.stack([level, pyro.sample("slope", dist.Normal(0.0, self.scale))], -1)
+
+
+@pytest.mark.parametrize("start", [[1.0, math.nan, math.nan, 2.0, 3.0, 4.0],
+                                   [math.nan, 1.0, math.nan, 2.5, 2.0, math.nan, 4.0]])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-2)])
+def test_a_vague_prior_loses_no_digits(start, dtype, tolerance):
+    """Smoothed moments under priors of deviations 1e4 to 1e6 are those of a diffuse start, to the order of its inverse square
+    and of rounding; the evidence differs by the logarithms of the deviations."""
+    x = torch.tensor([start])
+    diffuse = seq.KalmanFilter(NamedTrend(0.1)).run(x)
+    for scale in (1e4, 1e6):
+        vague = seq.KalmanFilter(VagueTrend(scale), dtype=dtype).run(x)
+        for name in ("level", "slope"):
+            torch.testing.assert_close(vague.smoothed[name].mean, diffuse.smoothed[name].mean, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(vague.smoothed[name].std, diffuse.smoothed[name].std, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(vague.lag_one_covariance[name], diffuse.lag_one_covariance[name], rtol=tolerance,
+                                       atol=tolerance)
+        assert vague.total_log_evidence + 2 * math.log(scale) == pytest.approx(diffuse.total_log_evidence, rel=tolerance)
+        torch.testing.assert_close(vague.log_evidence_by_step.sum(1), vague.log_evidence, rtol=1e-5, atol=0)
+
+
+def test_vague_and_plain_forms_agree(monkeypatch):
+    """The same model by both forms: moments, steps, paths (5000, within 4.5 standard errors), gradients, streams."""
+    x, model = gappy(2, 8), VagueTrend(100.0)
+    taken = seq.KalmanFilter(model).run(x, [8, 6])
+    draws, level = taken.trajectories(5000).samples["level"], taken.smoothed["level"]
+    assert ((draws.mean(0) - level.mean).abs() < 4.5 * level.std / math.sqrt(5000) + 1e-12).all()
+    spread = (draws - level.mean) / level.std.clamp(min=1e-9)
+    assert ((spread.square().mean(0) - 1).abs()[taken.sequences.active] < 4.5 * math.sqrt(2 / 5000)).all()
+    stream = seq.KalmanFilter(model).stream(2)
+    by_step = torch.cat([stream.update(part).log_evidence for part in x.split(3, 1)], 1)
+    monkeypatch.setattr("pyro_seq.infer.linear_gaussian.diffuse._VAGUE", {torch.float64: math.inf})
+    plain = seq.KalmanFilter(model).run(x, [8, 6])
+    for name in ("level", "slope"):
+        for what in ("filtered", "smoothed"):
+            ours, theirs = (getattr(p, what)[name] for p in (taken, plain))
+            torch.testing.assert_close(ours.mean, theirs.mean, rtol=1e-6, atol=1e-8)
+            torch.testing.assert_close(ours.variance, theirs.variance, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(taken.log_evidence_by_step, plain.log_evidence_by_step)
+    torch.testing.assert_close(by_step, seq.KalmanFilter(model).run(x).log_evidence_by_step)
+    torch.testing.assert_close(taken.predictive["x"].variance, plain.predictive["x"].variance)
+
+
+def test_precision_is_not_lost_in_silence():
+    x = torch.randn(1, 12) * 1e4 + 1e6
+    model = LocalLevel(0.0, 1e8, 1e-8, 1e8)
+    assert seq.KalmanFilter(model).log_evidence(x).isfinite()
+    with pytest.raises(ValueError, match="would lose most digits.*parallel=False"):
+        seq.KalmanFilter(model, parallel=True).log_evidence(x)
+
+
+@pytest.mark.parametrize("make", [lambda: DiffuseLevel(2.0, 3.0), lambda: seq.models.ARIMA((0, 1, 1))])
+def test_diffuse_starts_in_another_type_than_the_default(make):
+    torch.set_default_dtype(torch.float32)
+    model = make().double()
+    x = torch.randn(1, 8, dtype=torch.float64)
+    assert seq.KalmanFilter(model).run(x).log_evidence.dtype == torch.float64
+    assert seq.inspect(model, x).applies("KalmanFilter")
+
+
+def test_evidence_inside_a_program_without_gradients():
+    class Scaled(DiffuseLevel):
+        def __init__(self):
+            super().__init__()
+            self.scale = pyro.nn.PyroSample(dist.LogNormal(0.0, 1.0))
+
+        def transition(self, z):
+            return pyro.sample("z", dist.Normal(z, self.scale))
+
+    model = Scaled()
+    with torch.no_grad():
+        assert model.within(lambda: seq.KalmanFilter(model).log_evidence(torch.randn(1, 5))).isfinite()

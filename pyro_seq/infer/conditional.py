@@ -139,7 +139,7 @@ class Marginalised:
 
     def _draw(self, state: State, frame: Frame) -> _Base:
         """Run the step at u = 0, the conditioning latents drawn by whoever stands outside."""
-        with _Conditioning(frame, self.split.conditioning, lambda name, p: (None, _origin(p, frame.device))) as step:
+        with _Conditioning(frame, self.split.conditioning, lambda name, p: (None, _origin(p, frame))) as step:
             after = self.declared.apply(state, frame)
         if set(step.drawn) != set(self.split.conditioning) or set(step.latents) != set(self.split.marginal):
             expected = sorted({*self.split.conditioning, *self.split.marginal})
@@ -386,10 +386,11 @@ def require_marginal(name: str, fn: Distribution, kind: str) -> None:
                          "marginalise it. Leave it out of marginal=")
 
 
-def _origin(p: Distribution, device: torch.device) -> Tensor:
+def _origin(p: Distribution, frame: Frame) -> Tensor:
     """Zero, of the shape and type of a draw."""
     if isinstance(innermost(p), ImproperUniform):
-        return torch.zeros(p.shape(), device=device)
+        like = next((v for v in frame.x.values() if v.is_floating_point()), None)
+        return torch.zeros(p.shape(), dtype=None if like is None else like.dtype, device=frame.device)
     return torch.zeros_like(innermost(p).v if isinstance(innermost(p), Delta) else in_support(p))
 
 
@@ -406,7 +407,7 @@ def spread(frame: Frame) -> Proposal:
     def propose(name: str, p: Distribution) -> tuple[None, Tensor]:
         base = innermost(p)
         if isinstance(base, ImproperUniform):
-            return None, _origin(p, frame.device)
+            return None, _origin(p, frame)
         if base.has_enumerate_support and p is base:
             values = p.enumerate_support(expand=False).reshape(-1, *p.event_shape)
             return None, values[torch.randint(len(values), tuple(p.batch_shape), device=values.device)]
@@ -452,7 +453,7 @@ def _at_origin(model: Any, split: Split, state: State, frame: Frame) -> tuple[di
     visit = spread(frame)
 
     def propose(name: str, p: Distribution) -> tuple[None, Tensor]:
-        return (None, _origin(p, frame.device)) if name in split.marginal else visit(name, p)
+        return (None, _origin(p, frame)) if name in split.marginal else visit(name, p)
 
     with pyro.settings.context(validate_distributions_torch=False), StepSites(frame, propose) as step:
         after = model.apply(state, frame)

@@ -70,7 +70,7 @@ class DeclaredFilter:
         """``(B,)`` the approximate log evidence that :meth:`run` reports, differentiable in the model's parameters."""
         sequences = Sequences.of(x, lengths, mask=mask, covariates=covariates)
         return entered(self.model, None, sequences, lambda _: _padded(self._filter(sequences).evidences, sequences).sum(-1),
-                       gradients=True)
+                       learning=True)
 
     def _filter(self, sequences: Sequences) -> Any:
         """The forward pass."""

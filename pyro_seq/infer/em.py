@@ -133,7 +133,7 @@ def _expect_discrete(method: ForwardBackward, sequences: Sequences) -> Callable[
         def read(_: dict[str, Tensor]) -> Tables:
             return read_tables(model, sequences, *read_support(model, sequences))[0]
 
-        return entered(model, None, sequences, read, gradients=True)
+        return entered(model, None, sequences, read, learning=True)
 
     found = tables()
     here = [table.detach().requires_grad_() for table in found[:3]]
@@ -155,7 +155,7 @@ def _expect_gaussian(method: KalmanFilter, sequences: Sequences) -> Callable[[],
     joints = [joint for _, joint in method.run(sequences).joints]
 
     def complete() -> Tensor:
-        steps = entered(model, None, sequences, lambda _: linearise(model, sequences, check=False), gradients=True)
+        steps = entered(model, None, sequences, lambda _: linearise(model, sequences, check=False), learning=True)
         parts, start = [], 0
         for step, joint in zip(steps, joints):
             count = len(joint.smoothed_mean)
@@ -176,7 +176,7 @@ def _refuse_incomplete(method: KalmanFilter, sequences: Sequences, parameters: P
         return [*(part for step in steps for part in (step.next_matrix, step.next_offset)),
                 *leaves(model.begin(sequences.frame(1)))]
 
-    for value in entered(model, None, sequences, carried, gradients=True):
+    for value in entered(model, None, sequences, carried, learning=True):
         weights = torch.arange(1, value.numel() + 1, dtype=value.dtype, device=value.device).sin().reshape(value.shape)
         if (parameters.gradient((value * weights).sum(), keep=True) != 0).any():
             raise ValueError(f"the state that {type(model).__name__} carries is computed with its parameters, so that it is "

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent
 
 from pyro_seq.engine.families import log_density
+from pyro_seq.engine.gaussian import innermost
 from pyro_seq.engine.loop import Checked, check_step
 from pyro_seq.engine.reads import another
 from pyro_seq.engine.sites import LatentsDrawn, Site, StepSites
@@ -255,7 +256,11 @@ def _observed(step: StepSites, frame: Frame) -> Tensor:
     for name, site in step.sites.items():
         if not site.observed:
             continue
+        zero = _never(innermost(site.p), site.value)
         term = site.log_p()
+        if zero is not None:
+            zero = zero if site.present is None else zero & site.present
+            term = term.masked_fill(zero.reshape(frame.rows, -1).any(-1), -torch.inf)
         if not (term < torch.inf).all():
             row = int((~(term < torch.inf)).nonzero()[0])
             t = frame.t if isinstance(frame.t, int) else int(frame.t[row])

@@ -67,7 +67,7 @@ class ForwardBackward:
     over these in double precision. Missing entries are integrated out; where the model goes on to read them, which no
     finite table can express, an error says so.
 
-    A probability of zero in ``Categorical(probs)`` or ``Bernoulli(probs)`` of a latent is exactly that.
+    A probability of zero in ``Categorical(probs)`` or ``Bernoulli(probs)`` is exactly that, where torch has about 1e-16.
 
     :param model: a declared model.
 
@@ -125,7 +125,7 @@ class ForwardBackward:
             tables, _ = read_tables(self.model, sequences, *read_support(self.model, sequences))
             return sequences.packed.unsort(log_evidence(tables))
 
-        return entered(self.model, None, sequences, evidence, gradients=True)
+        return entered(self.model, None, sequences, evidence, learning=True)
 
     def viterbi(self, x: Any, lengths: Any = None, *, mask: Any = None, **covariates: Any) -> MostProbablePath:
         """The most probable latent paths; of equally probable ones, the states that come first in the support.

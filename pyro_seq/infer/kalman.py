@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_seq.engine.state import State, leaves, map_state
 from pyro_seq.infer.linear import LinearStep, linearise, linearise_later
-from pyro_seq.infer.linear_gaussian import Backward, Carry, Forward, Joint
+from pyro_seq.infer.linear_gaussian import Backward, Carry, Forward, Joint, take_out_vague
 from pyro_seq.infer.posterior import EXACT, Moments, Posterior
 from pyro_seq.infer.run import Stopwatch, entered
 from pyro_seq.infer.scan import scan_evidence
@@ -53,7 +53,8 @@ class KalmanFilter:
     :param dtype: of the recursions. In ``torch.float32`` covariances are carried as square roots, which stay positive over
         any number of steps.
     :param bool parallel: compute :meth:`log_evidence` by a parallel scan over time, through ``pyro.ops.gaussian``: fast for
-        long series on a GPU. It needs noise of full rank and a proper first state.
+        long series on a GPU. It needs noise of full rank, a proper first state and variances of similar size; :meth:`run` does
+        not use it.
 
     Source: Kalman, *A New Approach to Linear Filtering and Prediction Problems*, 1960; Rauch, Tung and Striebel,
     *Maximum likelihood estimates of linear dynamic systems*, 1965; Durbin and Koopman, *Time Series Analysis by State Space
@@ -119,7 +120,7 @@ class KalmanFilter:
         """
         sequences = Sequences.of(x, lengths, mask=mask, covariates=covariates)
         self.model.check_inputs(sequences)
-        return entered(self.model, None, sequences, lambda _: self._evidence(sequences), gradients=torch.is_grad_enabled())
+        return entered(self.model, None, sequences, lambda _: self._evidence(sequences), learning=True)
 
     def stream(self, num_sequences: int = 1) -> KalmanStream:
         """A filter for data as it comes, in constant memory."""
@@ -137,9 +138,9 @@ class KalmanFilter:
     def _forward(self, sequences: Sequences, alone: bool) -> tuple[LinearStep, LinearStep | None, Forward]:
         first, later = linearise(self.model, sequences, check=not self.assume_linear)
         start = _initial_state(self.model, sequences).to(self.dtype)
-        carry = Carry.start(start, first.diffuse.shape[-1])
+        opening, prior = take_out_vague(first, later, self.dtype)
         data = _observations(sequences, self.dtype)
-        return first, later, Forward(first, later, data, sequences.active, carry, alone)
+        return first, later, Forward(opening, later, data, sequences.active, Carry.start(start, prior), alone)
 
     def _forecast(self, sequences: Sequences, forward: Forward, future: Sequences) -> dict[str, Moments]:
         """Exact moments ``(B, H, ...)`` of latents and data; sequences of one length have their future times in common."""
@@ -151,7 +152,7 @@ class KalmanFilter:
             unknown = {k: v.new_full((len(rows), horizon, *v.shape[2:]), torch.nan) for k, v in sequences.x.items()}
             part = Sequences(unknown, future.lengths[rows], {k: v[rows] for k, v in future.covariates.items()}, {}, True)
             step = linearise_later(self.model, part, last, range(length + 1, length + horizon + 1), not self.assume_linear)
-            carry = Carry.start(mean[rows], 0)._replace(covariance=covariance[rows])
+            carry = Carry.start(mean[rows], mean.new_zeros(0))._replace(covariance=covariance[rows])
             ahead = Forward(None, step, _observations(part, self.dtype), part.active, carry, alone=True)
             moments = Backward(ahead).moments()[0]
             parts = _by_name(part, *(v.transpose(0, 1).expand(len(rows), -1, -1) for v in ahead.predicted()))
@@ -171,7 +172,7 @@ class KalmanFilter:
         first, later, forward = self._forward(sequences, alone=True)
         backward = Backward(forward)
         joints = backward.moments()
-        steps = [stretch.step for stretch in forward.stretches]
+        steps = [first] if later is None else [first, later]
         like = next(iter(sequences.x.values()))
         active, batch = sequences.active, sequences.num_sequences
         where = {name: [step.latents[name][0] for step in steps] for name in first.latents}
@@ -284,8 +285,9 @@ class KalmanStream:
         count = sequences.num_steps
         if self._carry is None:
             first, later = linearise(method.model, sequences, check)
-            start = _initial_state(method.model, sequences).to(method.dtype)
-            self._carry, self._step = Carry.start(start, first.diffuse.shape[-1]), later or first
+            first, prior = take_out_vague(first, later, method.dtype)
+            self._carry = Carry.start(_initial_state(method.model, sequences).to(method.dtype), prior)
+            self._step = later or first
         else:
             times = range(self.num_steps + 1, self.num_steps + count + 1)
             later = linearise_later(method.model, sequences, self._step, times, check)

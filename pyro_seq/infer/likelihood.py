@@ -67,7 +67,7 @@ class ExactLikelihood:
         Inside ``model.within`` the parameters of that call stand.
         """
         sequences = Sequences.of(x, lengths, mask=mask, covariates=covariates)
-        return entered(self.model, None, sequences, lambda _: self._by_step(sequences)[0].sum(1), gradients=True)
+        return entered(self.model, None, sequences, lambda _: self._by_step(sequences)[0].sum(1), learning=True)
 
     def _run(self, sequences: Sequences, parameters: dict[str, Tensor], watch: Stopwatch) -> Posterior:
         by_step, state = self._by_step(sequences)

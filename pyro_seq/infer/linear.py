@@ -52,6 +52,10 @@ class LinearStep(NamedTuple):
     """``(..., S')``"""
     template: State
     """One row of the next state, for its structure."""
+    solve: Tensor | None = None
+    """``(1, B, D, D)`` of the first step: what the noise of each site adds to u."""
+    own: Tensor | None = None
+    """``(1, B, D, D)`` of the first step: covariance of each site's own noise; noise = solve @ own @ solve.mT."""
 
 
 def linearise(model: Any, sequences: Sequences, check: bool = True) -> tuple[LinearStep, LinearStep | None]:
@@ -106,7 +110,8 @@ class _Probe:
         if not self.x:
             raise ValueError("a Kalman filter needs data")
         if any(not v.is_floating_point() for v in self.x.values()):
-            raise ValueError("the data is of an integer type; a linear-Gaussian model observes real numbers")
+            raise ValueError("the data is of an integer type (or boolean); a linear-Gaussian model observes real numbers: "
+                             "x.float()")
         self.data_width = sum(v.numel() for v in self.x.values())
         self.latents = self._latent_sites()
         self.latent_width = sum(shape.numel() for shape in self.latents.values())
@@ -158,7 +163,7 @@ class _Probe:
             slice(s + self.latent_width, d), solve[..., :s], (solve @ drift[..., None])[..., 0],
             solve @ noise @ solve.transpose(-1, -2),
             solve[0, 0][:, torch.cat(flat)] if flat else solve.new_zeros(d, 0), directions.transpose(-1, -2), base,
-            out["template"])
+            out["template"], *((solve, noise) if self.first else ()))
 
     def _require_causal(self, sites: dict[str, Any], linear: Tensor) -> None:
         """A site reads the state and the sites before it; data read ahead of its site would make no generative model."""
@@ -191,7 +196,8 @@ class _Probe:
 
     def _draw(self, name: str, p: Distribution) -> tuple[None, Tensor | None]:
         """Latents come from the model; those without a distribution are put at zero."""
-        return None, torch.zeros(p.shape(), device=self.device) if isinstance(p, ImproperUniform) else None
+        like = next(iter(self.sequences.x.values()))
+        return None, like.new_zeros(p.shape()) if isinstance(p, ImproperUniform) else None
 
     def _columns(self, name: str, value: Tensor) -> Tensor:
         """``(width,)``: the entries of u that an observed site holds. It observes the data itself, whole or in part."""

@@ -192,6 +192,7 @@ class Posterior:
 
     def trajectories(self, num_samples: int) -> Draws:
         """Draws of whole latent trajectories, ``(S, B, T, ...)`` each."""
+        require_count("num_samples", num_samples, 1)
         if self.paths is None:
             raise ValueError(f"{self.method} has no trajectories to draw: use ParticleFilter(history=True) with num_runs=1, or "
                              "Variational")

@@ -31,15 +31,15 @@ class Stopwatch:
 
 
 def entered(model: Any, guide: Any, sequences: Sequences, fn: Callable[[dict[str, Tensor]], Any],
-            gradients: bool = False) -> Any:
+            learning: bool = False) -> Any:
     """Run ``fn(parameters)`` inside guide and model, without touching the parameter store.
 
     Global parameters come from a handler outside (``poutine.condition``), else from the guide, else from their prior,
     with a warning. Inside a model that has been entered already (its own ``within``) the values of that call stand.
 
-    :param gradients: keep the gradients of what ``fn`` computes, for learning.
+    :param learning: keep the gradients of what ``fn`` computes, where the caller has them.
     """
-    if gradients and model.__dict__["_values"] is not None:
+    if learning and model.__dict__["_values"] is not None:
         return fn({})
     if not sequences.x:
         raise ValueError("inference needs data, and none was given; to draw from the model call model.simulate(lengths)")
@@ -53,7 +53,7 @@ def entered(model: Any, guide: Any, sequences: Sequences, fn: Callable[[dict[str
         with poutine.trace() as tr:
             return model.within(lambda: fn(_globals(model, tr.trace, values)), globals=values)
 
-    with torch.set_grad_enabled(gradients), own_parameters(model, guide):
+    with torch.set_grad_enabled(learning and torch.is_grad_enabled()), own_parameters(model, guide):
         return inside() if guide is None else guide.within(inside)
 
 

@@ -25,6 +25,12 @@ def scan_evidence(first: LinearStep, later: LinearStep | None, data: Tensor, sta
     """
     if first.diffuse.shape[-1]:
         raise ValueError("parallel=True needs a proper first state, and a latent is ImproperUniform: use parallel=False")
+    noise = [step.noise.detach().diagonal(dim1=-2, dim2=-1) for step in (first, later) if step is not None]
+    largest = max(float(data.nan_to_num().square().max()), *(float(v.max()) for v in noise))
+    smallest = min(float(v[v > 0].min()) for v in noise)
+    if largest > 1e10 * smallest:
+        raise ValueError(f"parallel=True multiplies densities by their precisions, and would lose most digits where squared "
+                         f"data and variances go from {smallest:.1e} to {largest:.1e}: use parallel=False, or scale the data")
     absent = 0.5 * math.log(2 * math.pi) * data.isnan().sum((1, 2))
     matrix, loc, factor = _factors(first, data[:, :1])
     opening = _gaussian((matrix[:, 0] @ start[..., None])[..., 0] + loc[:, 0], factor[:, 0])

@@ -11,7 +11,8 @@ likelihood, and the limit of an infinite prior variance is taken in closed form 
 """
 
 from pyro_seq.infer.linear_gaussian.backward import Backward, Joint
+from pyro_seq.infer.linear_gaussian.diffuse import take_out_vague
 from pyro_seq.infer.linear_gaussian.forward import Forward
 from pyro_seq.infer.linear_gaussian.steps import Carry, StepJoint
 
-__all__ = ["Backward", "Carry", "Forward", "Joint", "StepJoint"]
+__all__ = ["Backward", "Carry", "Forward", "Joint", "StepJoint", "take_out_vague"]

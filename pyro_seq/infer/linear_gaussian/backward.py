@@ -121,7 +121,7 @@ class Backward:
 
     def _add_diffuse(self, stretch: Stretch, effect: Tensor, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
         precision, score = (v[stretch.where] for v in self.forward.diffuse)
-        return add_diffuse(precision, score, effect, mean, covariance)
+        return add_diffuse(precision, score, effect, mean, covariance, self.forward.carry.proper)
 
     def draw(self, num_samples: int) -> list[Tensor]:
         """Draws of u given all data, ``(T, B, n, D)``, a stretch each.
@@ -142,12 +142,17 @@ class Backward:
             before = torch.stack([state, *after[:-1]])
             drawn.append((rows(before, carry) + own, step.observed))
             state = after[-1]
+        coefficients = 0.0
         theirs = f.filter(torch.cat([u[..., data] for u, data in drawn]), centred=True)
+        if f.num_diffuse:  # a vague prior has a share in what is drawn of them; one that is flat has none
+            noise = torch.randn(batch, f.num_diffuse, num_samples, dtype=f.data.dtype, device=f.data.device)
+            own = torch.cholesky_solve(f.carry.precision @ noise, f.at_end[1]).mT
+            coefficients = f.diffuse_mean(f.means) - f.diffuse_mean(theirs) + own
         found = []
         for i, ((_, ours), (_, own)) in enumerate(zip(self.joint_means(f.means), self.joint_means(theirs, 0.0), strict=True)):
             mean = ours - own
             if f.num_diffuse:
-                mean = mean + (f.diffuse_mean(f.means) - f.diffuse_mean(theirs)) @ self.columns[i][1]
+                mean = mean + coefficients @ self.columns[i][1]
             found.append(mean + drawn[i][0])
         return found
 

@@ -146,7 +146,7 @@ class Forward:
 
         :raises ValueError: if the data does not say what they are.
         """
-        factor, known = identified(self.at_last(self.diffuse[0]))
+        factor, known = identified(self.at_last(self.diffuse[0]), self.carry.proper)
         if not known.all():
             raise ValueError(f"sequence {int((~known).nonzero()[0])} does not identify the diffuse (ImproperUniform) latents "
                              "of the first step: it has too few observed frames for the number of their entries; give them a "
@@ -155,7 +155,7 @@ class Forward:
 
     def diffuse_mean(self, means: Means) -> Tensor:
         """``(B, n, d)`` given all data of each data set."""
-        factor, _ = identified(self.at_last(self.diffuse[0]))
+        factor, _ = identified(self.at_last(self.diffuse[0]), self.carry.proper)
         score = (rows(means.residuals, self.whiten) @ self.effect.mT).sum(0) + self.carry.score[:, None]
         return torch.cholesky_solve(score.mT, factor).mT
 
@@ -186,7 +186,7 @@ class Forward:
             return base
         precision, score = (torch.cat([first.expand(1, *now.shape[1:]), now]) for first, now in zip(
             (self.carry.precision, self.carry.score), self.diffuse, strict=True))
-        factor, known = identified(precision)
+        factor, known = identified(precision, self.carry.proper)
         mean = torch.cholesky_solve(score[..., None], factor)[..., 0]
         total = self.carry.evidence[:, None] + torch.cat([torch.zeros_like(base[:, :1]), base.cumsum(1)], 1)
         total = torch.where(known.mT, total + self._of_diffuse(mean, factor).mT, 0.0)
@@ -208,7 +208,7 @@ class Forward:
         if self.num_diffuse:
             precision, score = (torch.cat([start.expand(1, *now.shape[1:]), now[:-1]]) for start, now in zip(
                 (self.carry.precision, self.carry.score), self.diffuse, strict=True))
-            mean, variance = add_diffuse(precision, score, torch.cat(effects), mean, variance)
+            mean, variance = add_diffuse(precision, score, torch.cat(effects), mean, variance, self.carry.proper)
         return mean, variance.diagonal(dim1=-2, dim2=-1)
 
     def last_state(self) -> tuple[Tensor, Tensor]:
@@ -218,7 +218,7 @@ class Forward:
         if self.num_diffuse:
             precision, score = (self.at_last(v) for v in self.diffuse)
             effect = self.at_last(self.columns.after)
-            return add_diffuse(precision, score, effect, mean, covariance)
+            return add_diffuse(precision, score, effect, mean, covariance, self.carry.proper)
         return mean, covariance
 
     def carried(self) -> Carry:
@@ -227,4 +227,4 @@ class Forward:
             1, self.means.last.shape[-1], 0)
         precision, score = (v[-1] for v in self.diffuse) if self.num_diffuse else (self.carry.precision, self.carry.score)
         return Carry(self.means.last[:, 0], columns, self._each(self.gains.last, 0), precision, score,
-                     self.carry.evidence + self.base.sum(1))
+                     self.carry.evidence + self.base.sum(1), self.carry.proper)

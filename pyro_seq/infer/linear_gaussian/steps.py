@@ -47,13 +47,16 @@ class Carry(NamedTuple):
     """``(B, d)``: that precision times their mean."""
     evidence: Tensor
     """``(B,)`` log density of the data so far, for diffuse coefficients of zero."""
+    proper: bool
+    """Whether all coefficients have a prior."""
 
     @classmethod
-    def start(cls, mean: Tensor, diffuse: int) -> Carry:
-        """A known state."""
-        size = mean.shape[-1]
+    def start(cls, mean: Tensor, prior: Tensor) -> Carry:
+        """A known state, to which the first step adds coefficients of precisions ``prior``, ``(d,)``."""
+        size, diffuse = mean.shape[-1], len(prior)
         return cls(mean, mean.new_zeros(1, size, diffuse), mean.new_zeros(1, size, size),
-                   mean.new_zeros(1, diffuse, diffuse), mean.new_zeros(len(mean), diffuse), mean.new_zeros(len(mean)))
+                   torch.diag(prior).to(mean)[None], mean.new_zeros(len(mean), diffuse), mean.new_zeros(len(mean)),
+                   bool((prior > 0).all()))
 
 
 class Stretch(NamedTuple):
