@@ -19,7 +19,7 @@ __all__ = ["CompleteData"]
 
 
 class CompleteData:
-    """A batch with its latents, as a function of the global parameters.
+    """A batch with its latents, as a function of the global parameters, in double precision.
 
     All times are scored in one call. For that each step must be given the state it starts from. These states are the
     fixed point of running every step at once on the states that the last run left: exactly so, and after one run if a
@@ -29,6 +29,8 @@ class CompleteData:
     """
 
     def __init__(self, model: Any, sequences: Sequences, latents: Mapping[str, Tensor]):
+        sequences = sequences.to(dtype=torch.float64)
+        latents = {name: value.double() if value.is_floating_point() else value for name, value in latents.items()}
         self.model, self.sequences = model, sequences
         packed = sequences.packed
         sort = {name: packed.sort(value).transpose(0, 1) for name, value in latents.items()}
@@ -48,7 +50,7 @@ class CompleteData:
     def log_joint(self, parameters: Mapping[str, Tensor]) -> float:
         """log p(parameters) + log p(latents, data | parameters); minus infinity or NaN outside the support."""
         with torch.no_grad(), own_parameters(self.model), pyro.settings.context(validate_distributions_torch=False), \
-                poutine.trace() as tr, poutine.condition(data=dict(parameters)):
+                poutine.trace() as tr, poutine.condition(data={name: value.double() for name, value in parameters.items()}):
             found = self.model.within(self._score)
         for name in parameters:
             node = tr.trace.nodes[name]

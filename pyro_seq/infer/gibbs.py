@@ -72,9 +72,9 @@ class Gibbs(MCMCKernel):
         ...         return pyro.sample("z", dist.Normal(z, 1.0))
         ...     def emission(self, z, x=None):
         ...         return pyro.sample("x", dist.Normal(z, self.variance.sqrt()), obs=x)
-        >>> kernel = seq.Gibbs(seq.KalmanFilter(Level().double()))
+        >>> kernel = seq.Gibbs(seq.KalmanFilter(Level()))
         >>> mcmc = MCMC(kernel, num_samples=10, warmup_steps=2, disable_progbar=True)
-        >>> mcmc.run(torch.tensor([[0.0, 1.0, 3.0, 2.0]]).double())
+        >>> mcmc.run(torch.tensor([[0.0, 1.0, 3.0, 2.0]]))
         >>> kernel.updates
         {'variance': 'inverse gamma'}
         >>> mcmc.get_samples()["variance"].shape
@@ -143,13 +143,17 @@ class Gibbs(MCMCKernel):
     def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """One sweep: states, then each parameter."""
         complete = CompleteData(self.model, self._sequences, self._draw_states(params))
-        values = {name: value.clone() for name, value in params.items()}
-        start = complete.log_joint(values)
+        values = {name: value.double() for name, value in params.items()}  # a family is told from its neighbours by small terms
+        try:
+            start = complete.log_joint(values)
+        except (RuntimeError, TypeError) as error:
+            raise TypeError(f"Gibbs scores {type(self.model).__name__} in double precision, which failed ({error}): convert "
+                            "the model with model.double() and the data with x.double()") from error
         if not math.isfinite(start):
             raise ValueError(self._why_not(start))
         for name in values:
             self._update(name, values, complete)
-        return values
+        return {name: value.to(params[name].dtype) for name, value in values.items()}
 
     def _draw_states(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         with poutine.condition(data=params):
@@ -224,19 +228,19 @@ class Gibbs(MCMCKernel):
             found = []
             for point in points:
                 trial = flat.clone()
-                trial[where] = point.to(flat.dtype)
+                trial[where] = point
                 found.append(density(trial))
             return torch.tensor(found, dtype=torch.float64, device=flat.device)
 
         key = (name, where.start, where.stop, label)
-        drawn = family(at, flat[where].double(), self._scales, key)
+        drawn = family(at, flat[where], self._scales, key)
         if drawn is None:
             if support is not None:
                 self._slice(name, values, density, support, self._unconstrained_rows(name, where, values[name].shape[-1]))
                 used.add("slice")
             return False
         trial = flat.clone()
-        trial[where] = drawn.to(flat.dtype)
+        trial[where] = drawn
         values[name] = trial.reshape(values[name].shape)
         used.add(label)
         return True
