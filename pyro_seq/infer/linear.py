@@ -122,13 +122,13 @@ class _Probe:
         model = type(self.model).__name__
         points, tests = self._points()
         # Steps as large as the offsets, beside which a step of one would be lost in rounding.
-        with torch.no_grad():
-            found = self._run(points)
-        offsets = [mean[:, :, 0] for _, mean, _ in found["sites"].values()] + [found["next"][:, :, 0]]
+        out = self._run(torch.cat([points, tests]) if self.check else points)
+        offsets = [mean[:, :, 0] for _, mean, _ in out["sites"].values()] + [out["next"][:, :, 0]]
         largest = torch.cat([v.detach().flatten() for v in offsets]).abs().nan_to_num().max().clamp(1.0, 1e30)
         self.stride = 2.0 ** math.ceil(math.log2(largest))
-        points = points * self.stride
-        out = self._run(torch.cat([points, tests]) if self.check else points)
+        if self.stride > 1:
+            points = points * self.stride
+            out = self._run(torch.cat([points, tests]) if self.check else points)
         head = len(points)
         d, s = self.width, self.state_width
         shape = (len(self.times), self.batch)
