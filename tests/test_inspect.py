@@ -422,3 +422,10 @@ MISTAKES = [
 def test_mistakes(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_data_that_is_the_state_itself():
+    """Particles never meet it; a Kalman filter conditions on it."""
+    found = seq.inspect(seq.models.ARIMA((1, 0, 1)))
+    assert found.applies("KalmanFilter") and not found.applies("ParticleFilter")
+    assert "no drawn state meets" in found.why("ParticleFilter")

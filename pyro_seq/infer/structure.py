@@ -399,6 +399,10 @@ class _Inspection:
             if any(isinstance(innermost(p), ImproperUniform) for p in ps):
                 raise ValueError(f"site {name!r} of {self.kind} is ImproperUniform and cannot be drawn: give it a proper "
                                  "distribution")
+        for name, sites in self.seen.items():
+            if any(site.observed and isinstance(innermost(site.p), Delta) for site in sites):
+                raise ValueError(f"the data of site {name!r} of {self.kind} is a Delta of the state, which no drawn state "
+                                 "meets")
 
     def _learnable(self) -> None:
         if not self.latents:
