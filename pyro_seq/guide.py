@@ -55,12 +55,6 @@ class SequentialGuide(SequentialModule):
     """Whether proposals need the prior that they are given; if not, a loop that only draws need not compute it."""
     greedy = False
     """Whether each step's latents are trained on that step alone, the future not reaching back through the state."""
-    kl_weight = 1.0
-    """Weight of the latent terms in the bound that is being computed; see :meth:`anneal`."""
-
-    def anneal(self, kl_weight: float) -> None:
-        """Told by an objective before each bound: the weight of its latent terms, for a guide that trains a part on its own."""
-        self.__dict__["kl_weight"] = kl_weight
 
     @property
     def reads_future(self) -> bool:

@@ -146,16 +146,14 @@ class AmortizedVariationalFilter(NetworkGuide):
         # lambda = kept * prior + own, starting at the prior.
         kept = torch.ones(frame.rows, self._width(), dtype=self.dtype, device=frame.device)
         own = torch.zeros_like(kept)
-        energies, auxiliary, features, latent = [], None, None, None
+        energies, auxiliary, features = [], None, None
         for k in range(self.iterations + every):
             last = k == self.iterations
             proposal, gradient = _Moved(self, kept.detach(), own.detach()), None
             if self.gradient or every:
                 with torch.enable_grad():
                     proposal.nudge = torch.zeros_like(own, requires_grad=True)
-                    energy, divergence = self._step_free_energy(state, frame, proposal)
-                    annealed = training and k > 0 and self.kl_weight != 1.0
-                    latent = torch.autograd.grad(divergence.sum(), proposal.nudge, retain_graph=True)[0] if annealed else None
+                    energy = self._step_free_energy(state, frame, proposal)
                     gradient = None if last else torch.autograd.grad(energy.sum(), proposal.nudge)[0]
                 energies.append(energy.detach())
                 if last:
@@ -165,10 +163,8 @@ class AmortizedVariationalFilter(NetworkGuide):
                     self._step_free_energy(state, frame, proposal)
             start, unit = proposal.joined(proposal.starts), proposal.joined(proposal.units)
             if training and k > 0 and gradient is not None:
-                # The iterations before the last are trained on their own free energy, annealed as the bound is: its latent
-                # terms at full weight would put latents to sleep that the bound is only waking up.
-                slope = gradient if self.kl_weight == 1.0 else gradient - (1.0 - self.kl_weight) * latent
-                term = ((kept * start + own) / unit * slope.nan_to_num()).sum(-1)
+                # The iterations before the last are trained on their own free energy.
+                term = ((kept * start + own) / unit * gradient.nan_to_num()).sum(-1)
                 auxiliary = term if auxiliary is None else auxiliary + term
             if features is None:
                 features = self._features(state, frame, encoding, proposal)
@@ -180,23 +176,21 @@ class AmortizedVariationalFilter(NetworkGuide):
         result.auxiliary = auxiliary
         return result, energies
 
-    def _step_free_energy(self, state: State, frame: Frame, proposal: _Moved) -> tuple[Tensor, Tensor]:
-        """``(rows,)`` one-draw estimate of this step's free energy, with KL in closed form where known, and of its latent
-        terms alone."""
+    def _step_free_energy(self, state: State, frame: Frame, proposal: _Moved) -> Tensor:
+        """``(rows,)`` one-draw estimate of this step's free energy, with KL in closed form where known."""
         model = self.model
         with StepSites(frame, proposal, impute=model.missing_feeds_state) as step:
             model.apply(state, frame)
-        total = latent = torch.zeros(frame.rows, dtype=self.dtype, device=frame.device)
+        total = torch.zeros(frame.rows, dtype=self.dtype, device=frame.device)
         for site in step.sites.values():
             if site.observed:
                 total = total - site.log_p()
-                continue
-            try:
-                term = kl_divergence(site.q, site.p)
-            except NotImplementedError:
-                term = site.log_q() - site.log_p()
-            total, latent = total + term, latent + term
-        return total, latent
+            else:
+                try:
+                    total = total + kl_divergence(site.q, site.p)
+                except NotImplementedError:
+                    total = total + site.log_q() - site.log_p()
+        return total
 
     def _width(self) -> int:
         return next(reversed(self.slices.values())).stop

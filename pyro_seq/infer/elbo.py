@@ -130,7 +130,6 @@ class SequentialELBO(ELBO):
             raise ValueError(f"plate_size={plate_size} is smaller than the batch of {sequences.num_sequences} sequences: "
                              "it is the number of sequences in the whole data set")
         one_call = scores_in_one_call(model)
-        guide.anneal(self.kl_weight)
         if guide.greedy and not one_call:
             raise ValueError(f"{type(guide).__name__} is trained greedily, which needs a step that is scored in one call; "
                              f"{type(model).__name__} has dropout or batch normalisation in training mode, or comes from "
