@@ -638,3 +638,32 @@ class PinnedPrior(BayesianLevel):
 def test_gibbs_mistakes(make, message):
     with pytest.raises(ValueError, match=message):
         MCMC(seq.Gibbs(make()), num_samples=2, warmup_steps=0, disable_progbar=True).run(torch.randn(1, 4))
+
+
+def test_probabilities_count_one_less_than_their_entries():
+    """A chain seen without noise: counts over totals, binomial standard errors, and three free numbers."""
+    class Chain(seq.StateSpaceModel):
+        def __init__(self):
+            super().__init__()
+            self.opening = pyro.nn.PyroParam(torch.tensor([0.5, 0.5]), dist.constraints.simplex)
+            self.move = pyro.nn.PyroParam(torch.full((2, 2), 0.5), dist.constraints.simplex)
+
+        def initial(self):
+            return pyro.sample("k", dist.Categorical(self.opening))
+
+        def transition(self, k):
+            return pyro.sample("k", dist.Categorical(self.move[k]))
+
+        def emission(self, k, x=None):
+            return pyro.sample("x", dist.Normal(10.0 * k, 0.1), obs=x)
+
+    pyro.set_rng_seed(1)
+    states = torch.randint(2, (4, 30))
+    found = seq.maximum_likelihood(seq.ForwardBackward(Chain()), 10.0 * states)
+    assert found.num_parameters == 3
+    for i in range(2):
+        left = states[:, :-1] == i
+        share = (states[:, 1:][left] == 1).double().mean().item()
+        row = found.table.loc[f"move[{i},1]"]
+        assert row["estimate"] == pytest.approx(share, abs=1e-4)
+        assert row["std_error"] == pytest.approx(math.sqrt(share * (1 - share) / left.sum().item()), rel=1e-3)

@@ -203,9 +203,9 @@ def _actual(posterior: Posterior, sequences: Sequences, draws: Draws) -> dict[st
     return {name: pad_rows(values, sequences.packed.counts, sequences.packed) for name, values in parts.items()}
 
 
-def _log_scores(method: Any, sequences: Sequences, origin: int, horizon: int) -> tuple[Tensor, Tensor]:
+def _log_scores(method: Any, sequences: Sequences, origin: int, horizon: int) -> tuple[Any, Any]:
     """``(B, H)`` each: log scores of the frames after the origin, alone and joint with those between, by one run of as many
-    copies: what is known; with the next h frames; with the h-th of them only."""
+    copies: what is known; with the next h frames; with the h-th of them only. NaN for methods that take no gaps."""
     copies = [(origin, 0), *((origin + h, 0) for h in range(1, horizon + 1)),
               *((origin + h, h - 1) for h in range(2, horizon + 1))]
     batch, times = sequences.num_sequences, torch.arange(origin + horizon, device=sequences.device)
@@ -214,8 +214,13 @@ def _log_scores(method: Any, sequences: Sequences, origin: int, horizon: int) ->
     many = sequences.repeat(len(copies))
     mask = {name: known.reshape(known.shape + (1,) * (v.dim() - 2)) & many.observed.get(name, torch.ones_like(
         v, dtype=torch.bool)) for name, v in many.x.items()}
-    run = method.run(Sequences.of(many.x, ends, mask=mask, covariates=many.covariates))
-    evidence = run.log_evidence.reshape(len(copies), batch).T
+    copies_of = Sequences.of(many.x, ends, mask=mask, covariates=many.covariates)
+    try:
+        with torch.no_grad():
+            found = method.log_evidence(copies_of) if hasattr(method, "log_evidence") else method.run(copies_of).log_evidence
+    except ValueError:  # a model that reads its data knows no gaps
+        return math.nan, math.nan
+    evidence = found.reshape(len(copies), batch).T
     gain = evidence[:, 1:] - evidence[:, :1]
     joint = gain[:, :horizon]
     return torch.cat([joint[:, :1], gain[:, horizon:]], 1), joint

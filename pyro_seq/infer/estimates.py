@@ -14,7 +14,7 @@ import torch
 from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor
-from torch.distributions import constraints, transform_to
+from torch.distributions import SoftmaxTransform, constraints, transform_to
 
 from pyro_seq.module import own_parameters
 from pyro_seq.sequences import Sequences
@@ -175,8 +175,11 @@ def estimates_at(exact: Any, sequences: Sequences, parameters: Parameters, **how
     gradient = parameters.gradient(value, create_graph=True)
     information = -torch.stack([parameters.gradient(g, keep=True) for g in gradient]).double()
     information = 0.5 * (information + information.T)
-    covariance, unknown, notes = _invert(information, [item.name for item in parameters.items
-                                                       for _ in range(item.unconstrained.numel())])
+    bases = [_identified(item).to(information) for item in parameters.items]
+    basis = torch.block_diag(*bases)
+    reduced, unknown, notes = _invert(basis.T @ information @ basis, [
+        item.name for item, own in zip(parameters.items, bases, strict=True) for _ in range(own.shape[1])])
+    covariance, unknown = basis @ reduced @ basis.T, (basis[:, unknown] != 0).any(1)
     names, values, jacobians, at, edges = [], [], [], 0, []
     for item in parameters.items:
         u = item.unconstrained.detach()
@@ -204,9 +207,21 @@ def estimates_at(exact: Any, sequences: Sequences, parameters: Parameters, **how
                "upper": estimate + _QUANTILE * error}
     table = pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()}, index=names)
     return Estimates(
-        log_likelihood=value.item(), num_observations=_observed_frames(sequences), num_parameters=len(gradient), table=table,
+        log_likelihood=value.item(), num_observations=_observed_frames(sequences), num_parameters=basis.shape[1], table=table,
         covariance=pd.DataFrame(covariance.cpu().numpy(), index=names, columns=names),
         notes=(*how.pop("notes", ()), *notes), **how)
+
+
+def _identified(item: Free) -> Tensor:
+    """``(n, r)`` orthonormal: the directions of the unconstrained entries that the parameter depends on. A soft-max has one
+    fewer than its entries."""
+    shape = item.unconstrained.shape
+    if not isinstance(item.constrain, SoftmaxTransform):
+        return torch.eye(shape.numel(), dtype=torch.float64, device=item.unconstrained.device)
+    width = shape[-1]
+    ones = torch.ones(width, 1, dtype=torch.float64, device=item.unconstrained.device)
+    rest = torch.linalg.qr(ones, mode="complete").Q[:, 1:]
+    return torch.block_diag(*[rest] * (shape.numel() // width))
 
 
 def _invert(information: Tensor, names: list[str]) -> tuple[Tensor, Tensor, list[str]]:

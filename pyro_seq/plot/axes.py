@@ -64,11 +64,12 @@ def time_axis(sequences: Sequences | None, sequence: int, times: np.ndarray) -> 
 def time_ticks(ax: Any) -> None:
     """Whole numbers below, or dates that do not run into each other."""
     from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+    from matplotlib.ticker import MaxNLocator
 
     locator = ax.xaxis.get_major_locator()
     if isinstance(locator, AutoDateLocator):
         ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))
-    else:
+    elif isinstance(locator, MaxNLocator):  # not where the user, or another panel, has set the ticks
         locator.set_params(integer=True)
 
 
