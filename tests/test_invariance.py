@@ -64,10 +64,7 @@ def test_filter_of_one_sequence_does_not_see_the_others(name, guide, row_noise, 
     model, x, _ = all_models()[name]()
     guide = None if guide is None else guides(model, seq.Sequences.of(x))[guide]()
 
-    def uniform(n, dtype, device):
-        return torch.full((n,), 0.37, dtype=dtype, device=device)
-
-    monkeypatch.setattr("pyro_seq.infer.particle_filter.uniform", uniform)
+    monkeypatch.setattr("pyro_seq.resampling.inversion.draw_uniform", lambda n, like: torch.full((n,), 0.37).to(like))
     method = seq.ParticleFilter(model, 16, guide=guide, ess_threshold=0.9)
     both = method.run(ragged(x, LENGTHS), LENGTHS)
     for b in range(4):

@@ -10,7 +10,7 @@ import torch
 from models import LocalLevel, StochasticVolatility, linear_gaussian
 
 import pyro_seq as seq
-from pyro_seq.infer.particle_filter import _mixture_quantile
+from pyro_seq.infer.smc.record import _mixture_quantile
 
 A = torch.tensor([[0.8, 0.2], [0.3, 0.7]], dtype=torch.float64)
 START = torch.tensor([0.6, 0.4], dtype=torch.float64)

@@ -23,9 +23,10 @@ from pyro_seq.sequences import Frame, Sequences, first_rows, repeat_rows
 
 __all__ = ["Between", "Step", "Window", "forward", "propagate", "simulate", "weighted_step"]
 
-Between = Callable[[int, Tensor], tuple[Tensor | None, Tensor]]
-"""Called before step ``t >= 2`` with the log weights ``(n, N)`` of the running sequences; returns the ancestors
-``(n, N)`` (``None``: every particle is its own) and the log weights to go on with."""
+Between = Callable[[Frame, State, Any, Tensor], tuple[Tensor | None, Tensor]]
+"""Called before step ``t >= 2`` with the frame to come, the states, the guide's encoding of the frame and the log weights
+``(n, N)`` of the running sequences. Returns where the particles come from: ancestors ``(n, N)``, a transport matrix
+``(n, N, N)``, or ``None``, each from itself; and the log weights to go on with."""
 
 
 class Step(NamedTuple):
@@ -39,7 +40,8 @@ class Step(NamedTuple):
     log_weights: Tensor | None
     """``(n, N)`` accumulated since the last resampling; ``None`` when the loop only draws."""
     ancestors: Tensor | None
-    """``(n, N)`` indices of the particles of the previous step, ``None`` when nothing was resampled."""
+    """``(n, N)`` indices of the particles of the previous step, or a transport matrix ``(n, N, N)``; ``None`` when nothing was
+    resampled."""
     auxiliary: Tensor | None
     """``(n * N,)`` a further objective of the guide's own, to be minimised, where it has one."""
 
@@ -101,6 +103,8 @@ def forward(model: Any, guide: Any, sequences: Sequences, num_particles: int = 1
     for frame in packed.frames(num_particles, start, stop):
         running = packed.counts[frame.t - 1]
         ancestors, auxiliary = None, None
+        encoding = map_state(lambda leaf, n=running: repeat_rows(first_rows(leaf, n), num_particles),
+                             encodings[frame.t - start])
         if frame.first:
             state = model.begin(frame)
         else:
@@ -108,12 +112,10 @@ def forward(model: Any, guide: Any, sequences: Sequences, num_particles: int = 1
             if score and log_weights is not None:
                 log_weights = log_weights[:running]
                 if between is not None:
-                    ancestors, log_weights = between(frame.t, log_weights)
+                    ancestors, log_weights = between(frame, state, encoding, log_weights)
                     if ancestors is not None:
                         state = select(state, ancestors)
         before = state
-        encoding = map_state(lambda leaf, n=running: repeat_rows(first_rows(leaf, n), num_particles),
-                             encodings[frame.t - start])
         with checks:
             if score:
                 sites, state, weight = weighted_step(model, guide, state, frame, encoding)
@@ -209,12 +211,21 @@ def _draw_step(model: Any, guide: Any, state: State, frame: Frame, encoding: Any
 
 
 def select(state: State, ancestors: Tensor) -> State:
-    """The rows of each sequence's ``(n, N)`` ancestors."""
-    n, particles = ancestors.shape
+    """The rows of each sequence's ``(n, N)`` ancestors, or the mixtures of rows of its ``(n, N, N)`` transport."""
+    n, particles = ancestors.shape[:2]
+    if ancestors.is_floating_point():
+        return map_state(lambda leaf: _transport(leaf, ancestors), state)
     if n > 1:
         ancestors = ancestors + torch.arange(n, device=ancestors.device)[:, None] * particles
     flat = ancestors.reshape(-1)
     return map_state(lambda leaf: leaf.index_select(0, flat), state)
+
+
+def _transport(leaf: Tensor, plan: Tensor) -> Tensor:
+    if not leaf.is_floating_point():
+        raise ValueError(f"the state holds whole numbers (shape {tuple(leaf.shape)}, {leaf.dtype}), and a transport mixes "
+                         "states: use a resampling by ancestors, such as 'systematic'")
+    return (plan.to(leaf.dtype) @ leaf.reshape(*plan.shape[:2], -1)).reshape(leaf.shape)
 
 
 def check_step(model: Any, sites: dict[str, Site], before: State, after: State, frame: Frame, versions: list[int]

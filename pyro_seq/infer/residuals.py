@@ -16,8 +16,9 @@ from pyro_seq.engine.loop import forward
 from pyro_seq.engine.sites import StepSites
 from pyro_seq.guide import PriorGuide
 from pyro_seq.infer.posterior import Posterior
-from pyro_seq.infer.resampling import systematic
+from pyro_seq.infer.smc.population import Population
 from pyro_seq.module import own_parameters, require_count
+from pyro_seq.resampling import Ancestral, systematic
 from pyro_seq.sequences import Sequences
 
 __all__ = ["Residuals", "one_step_ahead"]
@@ -136,11 +137,9 @@ def _exact(posterior: Posterior) -> Iterator[pd.DataFrame]:
 
 def _simulated(model: Any, sequences: Sequences, particles: int) -> Iterator[pd.DataFrame]:
     """Draws of each frame from the particles before it have seen it. Resampled at every step, they weigh the same."""
-    def resample(t: int, log_weights: Tensor) -> tuple[Tensor, Tensor]:
-        uniform = torch.rand(len(log_weights), dtype=log_weights.dtype, device=log_weights.device)
-        return systematic(log_weights.softmax(-1), uniform), torch.zeros_like(log_weights)
-
-    for step in forward(model, PriorGuide(model), sequences, particles, between=resample):
+    population = Population(Ancestral(systematic), ess_threshold=1.0)
+    for step in forward(model, PriorGuide(model), sequences, particles, between=population.between):
+        population.weigh(step)
         blind = step.frame._replace(x={}, observed={}, missing=False)
         with StepSites(blind) as drawn:
             model.apply(model.begin(blind) if blind.first else step.before, blind)

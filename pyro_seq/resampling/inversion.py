@@ -1,18 +1,20 @@
-"""Resampling: which particles of a weighted set go on."""
+"""Resampling by inversion of the cumulative weights."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from pyro_seq.resampling.base import draw_uniform
+
 __all__ = ["systematic"]
 
 
-def systematic(weights: Tensor, uniform: Tensor) -> Tensor:
+def systematic(weights: Tensor, uniform: Tensor | None = None) -> Tensor:
     """Systematic resampling, one uniform number a sequence.
 
     :param weights: ``(n, N)`` non-negative, of any positive sum.
-    :param uniform: ``(n,)`` in [0, 1).
+    :param uniform: ``(n,)`` in [0, 1); drawn when omitted.
     :returns: ``(n, N)`` ancestors in increasing order; particle ``i`` appears ``floor`` or ``ceil`` of
         ``N * weight_i / sum`` times, and that many times on average.
 
@@ -25,6 +27,8 @@ def systematic(weights: Tensor, uniform: Tensor) -> Tensor:
         tensor([[0, 0, 2, 3]])
     """
     n, particles = weights.shape
+    if uniform is None:
+        uniform = draw_uniform(n, weights)
     # In double precision: a float32 sum of a million weights misplaces whole particles.
     edges = weights.cumsum(-1, dtype=torch.float64)
     edges = edges.mul_(particles / edges[:, -1:]).sub_(uniform.to(edges)[:, None]).ceil_()

@@ -1,0 +1,1 @@
+"""What the particle methods have in common."""

@@ -1,0 +1,94 @@
+"""The weighted particles of a batch of sequences, from one step to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_seq.engine.loop import Step
+from pyro_seq.engine.state import State
+from pyro_seq.engine.weights import Weights
+from pyro_seq.resampling import Resampler
+from pyro_seq.sequences import Frame
+
+__all__ = ["LookAhead", "Population"]
+
+LookAhead = Callable[[Frame, State, Any], Tensor]
+"""Given the frame to come, the states and the guide's encoding: log factors ``(rows,)`` by which to favour particles."""
+
+
+class Population:
+    r"""Weights and evidence of the particles, and what happens to them between steps.
+
+    The factor of the evidence that a step contributes is the mean of the accumulated weights over what it was before:
+    one where the particles were resampled, whose new weights have mean one in expectation.
+
+    :param Resampler resampler: how to resample.
+    :param float ess_threshold: when: below this share of the particles; 1: always.
+    :param look_ahead: what favours particles when they are resampled.
+    """
+
+    def __init__(self, resampler: Resampler, ess_threshold: float, look_ahead: LookAhead | None = None):
+        self.resampler, self.ess_threshold, self.look_ahead = resampler, ess_threshold, look_ahead
+        self.weights: Weights | None = None
+        self.base: Tensor | float = 0.0
+        """``(n,)`` log mean weight with which the next step begins."""
+
+    def between(self, frame: Frame, state: State, encoding: Any, log_weights: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Resample the sequences that need it: the engine's :data:`~pyro_seq.engine.loop.Between`."""
+        running, particles = log_weights.shape
+        weights = self.weights.first(running)
+        looked = None if self.look_ahead is None else self.look_ahead(frame, state, encoding).reshape(log_weights.shape)
+        ess = weights.ess if looked is None else Weights.of(weights.log + looked).ess
+        chosen = ess < self.ess_threshold * particles
+        if self.ess_threshold == 1.0:
+            chosen = torch.ones_like(chosen)
+        self.base = weights.log_mean
+        if not chosen.any():
+            return None, log_weights
+        plan, fresh = self.resampler(weights, state, looked)
+        if chosen.all():
+            self.base = 0.0
+            return plan, fresh
+        self.base = torch.where(chosen, 0.0, self.base)
+        stay = torch.arange(particles, device=plan.device)
+        if plan.is_floating_point():
+            return (torch.where(chosen[:, None, None], plan, torch.eye(particles).to(plan)),
+                    torch.where(chosen[:, None], fresh, log_weights))
+        return torch.where(chosen[:, None], plan, stay), torch.where(chosen[:, None], fresh, log_weights)
+
+    def weigh(self, step: Step, batch: int | None = None) -> Tensor:
+        """``(n,)`` log of the step's factor of the evidence.
+
+        :param batch: the number of sequences that an error counts by, where they are repeated.
+        :raises ValueError: if a weight is not a number, or all of a sequence are zero.
+        """
+        highest = step.log_weights.detach().amax(-1)
+        if not highest.isfinite().all():
+            raise ValueError(_not_finite(step, highest, batch))
+        self.weights = Weights.of(step.log_weights)
+        return self.weights.log_mean - self.base
+
+
+def _not_finite(step: Step, highest: Tensor, batch: int | None) -> str:
+    bad = int((~highest.isfinite()).nonzero()[0])
+    particles = step.log_weights.shape[1]
+    sequence = int(step.frame.sequence[bad * particles])
+    sequence = sequence if batch is None else sequence % batch
+    where = f"at time {step.frame.t} in sequence {sequence}"
+    if highest[bad] == -torch.inf:
+        sites = ", ".join(repr(name) for name, site in step.sites.items() if site.observed)
+        return (f"all {particles} particles have weight zero {where}: the data there (site {sites}) is impossible "
+                "under every particle. Use more particles, a guide that reads the data, or an emission with heavier tails")
+    for name, site in step.sites.items():
+        with pyro.settings.context(validate_distributions_torch=False):
+            densities = (("model's", site.log_p()), ("guide's", None if site.q is None else site.log_q()))
+        for whose, value in densities:
+            if value is not None and (value.isnan().any() or (value == torch.inf).any()):
+                return (f"the {whose} log density of site {name!r} is NaN or infinite {where}: look for a scale that is zero "
+                        "or negative, an overflow in the step, or a state that has diverged")
+    return f"a log weight is NaN or infinite {where}"
