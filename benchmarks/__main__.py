@@ -41,6 +41,7 @@ def main() -> None:
         found = filters.run(count, max(3, options.rounds if count < 1_000_000 else options.rounds // 2))
         table += rows(f"bootstrap filter, N = {count}", found, "float32")
         evidences[count] = {k.removeprefix("log evidence, "): v for k, v in found.items() if k.startswith("log evidence")}
+    table += rows("bootstrap filter, 1000 series at once", filters.many(max(3, options.rounds // 2)), "float32")
     for batch in (1, 1000):
         for task, found in kalman.run(batch, options.rounds).items():
             table += rows(f"Kalman filter, {task}, {batch} series", found, "KalmanFilter")

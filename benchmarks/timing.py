@@ -1,4 +1,8 @@
-"""Interleaved timing: the contestants take turns, so that a drift of the machine hits all of them."""
+"""Interleaved timing: the contestants take turns, so that a drift of the machine hits all of them.
+
+Seconds are of processor time, all threads together. With one pinned thread on an idle machine that is the time on the clock;
+on a busy one it is what does not depend on who else is running.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +14,14 @@ __all__ = ["interleaved"]
 
 
 def interleaved(contestants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, float]:
-    """Median seconds of one call of each contestant."""
+    """Median processor seconds of one call of each contestant."""
     for _ in range(warmup):
         for fn in contestants.values():
             fn()
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, fn in contestants.items():
-            start = time.perf_counter()
+            start = time.process_time()
             fn()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.process_time() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}

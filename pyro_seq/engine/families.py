@@ -226,7 +226,7 @@ def log_density(fn: Distribution, value: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         deviation = (value - base.loc) / base.scale
         half = torch.addcmul(base.scale.log(), deviation, deviation, value=0.5)
-    else:
+    else:  # in place, where that is a saving
         loc = base.loc
         if value.dim() and value.stride(0) == 0 == loc.stride(0):  # all rows alike, as one frame for many particles is
             value, loc = value[:1], loc[:1]
@@ -235,7 +235,7 @@ def log_density(fn: Distribution, value: Tensor) -> Tensor:
     if events:
         half = half.flatten(half.dim() - events)
         return -_HALF_LOG_2PI * half.shape[-1] - half.sum(-1)
-    return -_HALF_LOG_2PI - half
+    return -_HALF_LOG_2PI - half if torch.is_grad_enabled() else half.add_(_HALF_LOG_2PI).neg_()
 
 
 def sample(fn: Distribution) -> Tensor:
