@@ -7,9 +7,9 @@ evaluated are those of the epoch that is best on the validation split. Three see
 frames (``normalise="batch"``, not the default of ``fit``): so the rows were trained.
 
 ``--budget updates`` (the default) gives every row the same epochs. ``--budget time`` gives it as many as take the time of
-the model's own direct filter (and a learning-rate schedule of that length), by the seconds per epoch that ``--time`` has
-measured: one epoch of each row in turn, three rounds, medians, on an idle machine with one thread. ``--table`` writes the
-summary that the documentation shows.
+the model's own direct filter (learning rate and annealing are scheduled over that length), by the seconds per epoch that
+``--time`` has measured: one epoch of each row in turn, three rounds, medians, on an idle machine with one thread. ``--table``
+writes the summary that the documentation shows.
 
 A row that is there already is not run again; a run that was interrupted goes on from its checkpoint.
 """
@@ -45,7 +45,9 @@ from pyro_seq.models import (  # noqa: E402
 __all__ = ["GUIDES", "SETTING", "main"]
 
 SETTING = dict(batch_size=20, learning_rate=3e-3, schedule="cosine", warmup=50, clip=5.0, weight_decay=0.3, averaging=0.99,
-               kl_annealing=20, normalise="batch")
+               normalise="batch")
+ANNEALED = 0.25
+"""Share of the epochs over which the weight of the latents is raised to one."""
 EPOCHS = {"jsb": 80, "piano_midi": 20}
 WINDOW = {"jsb": None, "piano_midi": 100}
 PARTICLES = 128
@@ -98,7 +100,8 @@ def run(key: dict[str, Any], data: Any, epochs: int, folder: Path) -> dict[str, 
     row = key | {"epochs": epochs}
     try:
         result = seq.fit(model, guide, data.train, valid=data.valid, epochs=epochs, window=WINDOW[key["data"]],
-                         seed=key["seed"], checkpoint=folder / f"{stem}.ckpt", **SETTING)
+                         kl_annealing=round(ANNEALED * epochs), seed=key["seed"], checkpoint=folder / f"{stem}.ckpt",
+                         **SETTING)
     except ValueError as error:
         if "finite" not in str(error) and "the bound is" not in str(error):
             raise
