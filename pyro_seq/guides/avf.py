@@ -34,7 +34,8 @@ class AmortizedVariationalFilter(NetworkGuide):
     :param int iterations: refinements a step (K).
     :param like: data whose shapes and units the guide will meet; simulated from the model when omitted.
     :param str preset: ``"default"``: a step gated between :math:`\lambda` and the network's own proposal, which reads the
-        frame, the state, the prior and the sign and log magnitude of the gradient, trained on the whole sequence's bound.
+        frame, the state, the prior and the sign and log magnitude of the gradient, trained on the whole sequence's bound
+        through all iterations, whose gradients are inputs only.
         ``"paper"``: as published, a highway network of :math:`\lambda` and its layer-normalised gradient alone, trained on
         each step's free energy, averaged over iterations, with the state detached (with
         :class:`~pyro_seq.SequentialELBO`; under Pyro's own losses the gradient also flows through time).
@@ -142,7 +143,7 @@ class AmortizedVariationalFilter(NetworkGuide):
                 ) -> tuple[_Moved, list[Tensor]]:
         """The refined proposal of one step, and the free energies met on the way."""
         state = map_state(lambda leaf: leaf.detach(), state) if self.greedy else state
-        training = torch.is_grad_enabled()
+        training, greedy = torch.is_grad_enabled(), self.greedy
         # lambda = kept * prior + own, starting at the prior.
         kept = torch.ones(frame.rows, self._width(), dtype=self.dtype, device=frame.device)
         own = torch.zeros_like(kept)
@@ -162,16 +163,16 @@ class AmortizedVariationalFilter(NetworkGuide):
                 with torch.no_grad():
                     self._step_free_energy(state, frame, proposal)
             start, unit = proposal.joined(proposal.starts), proposal.joined(proposal.units)
-            if training and k > 0 and gradient is not None:
-                # The iterations before the last are trained on their own free energy.
+            if training and greedy and k > 0:
+                # Each iteration is trained on its own free energy.
                 term = ((kept * start + own) / unit * gradient.nan_to_num()).sum(-1)
                 auxiliary = term if auxiliary is None else auxiliary + term
             if features is None:
                 features = self._features(state, frame, encoding, proposal)
             with torch.set_grad_enabled(training):
-                # All but the last are trained for their own step: what they read of the past is given.
-                read = features if k == self.iterations - 1 else [*features[:1], *(f.detach() for f in features[1:])]
-                kept, own = self._update(read, start, unit, kept.detach(), own.detach(), gradient)
+                if greedy:
+                    kept, own = kept.detach(), own.detach()
+                kept, own = self._update(features, start, unit, kept, own, gradient)
         result = _Moved(self, kept, own)
         result.auxiliary = auxiliary
         return result, energies
