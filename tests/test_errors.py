@@ -1357,9 +1357,14 @@ def kalman_on_counts():
     kalman_filter(Counts(), torch.ones(B, T))
 
 
-@mistake(ValueError, "'k'", "Categorical", "not Gaussian", "ParticleFilter")
+@mistake(ValueError, "'k'", "Categorical", "not Gaussian", "ForwardBackward is exact")
 def kalman_on_a_discrete_latent():
     kalman_filter(Regimes(), torch.randn(B, T))
+
+
+@mistake(ValueError, "'regime_2'", "Categorical", "not Gaussian", "ForwardBackward is exact")
+def kalman_on_switching_regimes():
+    kalman_filter(seq.models.MarkovSwitchingAutoregression(2, order=2), torch.randn(B, T))
 
 
 def transition_by(function):
