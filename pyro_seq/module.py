@@ -11,7 +11,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.nn import PyroModule, pyro_method
+from pyro.nn import PyroModule, PyroParam, PyroSample, pyro_method
 from pyro.params import param_with_module_name
 from torch import Tensor
 
@@ -43,7 +43,23 @@ class SequentialModule(PyroModule):
         if self.__dict__.get("_values") is not None:
             raise TypeError(f"{type(self).__name__} sets its attribute {name!r} while a step runs: what a step "
                             "remembers goes into the state it returns, since rows are resampled and scored out of order")
+        if isinstance(value, (Tensor, torch.nn.Module, PyroParam, PyroSample)):
+            self._refuse_method_name(name)
         super().__setattr__(name, value)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        self._refuse_method_name(name)
+        super().register_buffer(name, tensor, persistent)
+
+    def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
+        self._refuse_method_name(name)
+        super().register_parameter(name, param)
+
+    def _refuse_method_name(self, name: str) -> None:
+        """Reading the attribute would find the method, or the method's caller the attribute."""
+        if inspect.isfunction(inspect.getattr_static(type(self), name, None)):
+            raise ValueError(f"{type(self).__name__} sets an attribute {name!r}, which is the name of one of its methods: give "
+                             f"it another name, such as self.{name}_value")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if "_values" not in self.__dict__:

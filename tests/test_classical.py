@@ -595,3 +595,29 @@ def test_mistakes(program, says):
     with pytest.raises(ValueError) as error:
         program()
     assert re.search(says, str(error.value), re.DOTALL), str(error.value)
+
+
+PROPER = dist.Normal(0.0, 1.0)
+TO_LEARN = [lambda: LocalLevel(initial={"level": PROPER}), lambda: StructuralModel(level=False, cycle=6.0),
+            lambda: LocalLinearTrend(initial={"level": PROPER, "trend": PROPER}), StochasticVolatility]
+LEARNED = [seq.FilteringGuide, seq.SmoothingGuide, seq.AmortizedVariationalFilter]
+
+
+@pytest.mark.parametrize("guide", LEARNED)
+@pytest.mark.parametrize("make", TO_LEARN)
+def test_guides_need_not_see_covariates_that_are_not_there(make, guide):
+    torch.manual_seed(0)
+    model = make()
+    assert math.isfinite(seq.SequentialELBO().loss(model, guide(model), torch.randn(2, 5)))
+
+
+@pytest.mark.parametrize("guide", LEARNED)
+@pytest.mark.parametrize("make, says", [
+    (LocalLevel, "'level' is ImproperUniform.*proper distribution, or use KalmanFilter"),
+    (lambda: BasicStructural(4), "'level' is ImproperUniform.*proper distribution, or use KalmanFilter"),
+    (lambda: ARIMA((1, 0, 1)), "'level' is a Delta.*use KalmanFilter"),
+    (lambda: LocalLevel(2, initial={"level": PROPER}), "num_covariates=2 and was given none.*like=Sequences.of"),
+], ids=["diffuse", "diffuse with a season", "without noise", "with covariates"])
+def test_guides_say_why_they_cannot_learn(make, says, guide):
+    with pytest.raises(ValueError, match=says):
+        guide(make())

@@ -256,6 +256,51 @@ def steps(loss, *pairs):
         SVI(model, guide, Adam({"lr": 1e-3}), loss=loss).step(torch.randn(B, T, 2))
 
 
+# Attributes.
+
+
+def a_parameter_with_a_constraint(model, name):
+    setattr(model, name, PyroParam(torch.tensor(1.0), constraint=dist.constraints.positive))
+
+
+def a_parameter(model, name):
+    setattr(model, name, nn.Parameter(torch.tensor(1.0)))
+
+
+def a_prior(model, name):
+    setattr(model, name, PyroSample(dist.Normal(0.0, 1.0)))
+
+
+def a_tensor(model, name):
+    setattr(model, name, torch.tensor(1.0))
+
+
+def a_network(model, name):
+    setattr(model, name, nn.Linear(3, 3))
+
+
+def a_buffer(model, name):
+    model.register_buffer(name, torch.tensor(1.0))
+
+
+ATTRIBUTES = (a_parameter_with_a_constraint, a_parameter, a_prior, a_tensor, a_network, a_buffer)
+
+
+@mistake(ValueError, "Level", "'transition'", "one of its methods", "another name", ways=ATTRIBUTES)
+def attribute_named_like_a_method(way):
+    way(Level(), "transition")
+
+
+@mistake(ValueError, "Recurrent", "'start'", "one of its methods", ways=ATTRIBUTES)
+def attribute_named_like_the_start(way):
+    way(Recurrent(), "start")
+
+
+@mistake(ValueError, "Halfway", "'prepare'", "one of its methods", ways=ATTRIBUTES)
+def guide_attribute_named_like_a_method(way):
+    way(Halfway(Level()), "prepare")
+
+
 # Lengths.
 
 
@@ -1312,9 +1357,14 @@ def kalman_on_counts():
     kalman_filter(Counts(), torch.ones(B, T))
 
 
-@mistake(ValueError, "'k'", "Categorical", "not Gaussian", "ParticleFilter")
+@mistake(ValueError, "'k'", "Categorical", "not Gaussian", "ForwardBackward is exact")
 def kalman_on_a_discrete_latent():
     kalman_filter(Regimes(), torch.randn(B, T))
+
+
+@mistake(ValueError, "'regime_2'", "Categorical", "not Gaussian", "ForwardBackward is exact")
+def kalman_on_switching_regimes():
+    kalman_filter(seq.models.MarkovSwitchingAutoregression(2, order=2), torch.randn(B, T))
 
 
 def transition_by(function):

@@ -20,8 +20,9 @@ from torch.distributions import constraints
 import pyro_seq as seq
 from pyro_seq.infer.complete import CompleteData
 from pyro_seq.infer.em import _expect_discrete, _expect_gaussian
-from pyro_seq.infer.estimates import Parameters
+from pyro_seq.infer.estimates import Parameters, estimates_at
 from pyro_seq.infer.quasi_newton import maximise
+from pyro_seq.sequences import Sequences
 
 
 def positive(value):
@@ -280,6 +281,27 @@ def test_an_estimate_at_the_edge():
         found = seq.maximum_likelihood(seq.KalmanFilter(Level(0.5, 1.0, 1.0)), torch.randn(1, 60))
     assert found.table.estimate["level"] < 1e-3 and math.isnan(found.table.std_error["level"])
     assert 0.1 < found.table.std_error["noise"] < 0.4 and "'level'" in found.notes[-1]
+
+
+def test_standard_errors_beside_an_edge():
+    """Those of the other parameters are the ones of the model in which what went to the edge is fixed, a curvature of the other
+    sign among them, as a search that ends early finds it."""
+    torch.manual_seed(0)
+    t = torch.arange(60, dtype=torch.float64)
+    x = (0.1 * t + (t % 4 == 0) + 0.5 * torch.randn(60).cumsum(0) + torch.randn(60))[None].double()
+    for small in (1e-6, 1e-3):
+        at = {"scale": 1.0, "level_scale": 0.5, "trend_scale": small, "seasonal_scale": small}
+        model = seq.models.BasicStructural(4, coefficients=at).double()
+        found = estimates_at(seq.KalmanFilter(model), Sequences.of(x), Parameters(model), method="", converged=True,
+                             num_iterations=0)
+        for name in ("trend_scale_unconstrained", "seasonal_scale_unconstrained"):
+            getattr(model, name).requires_grad_(False)
+        fixed = estimates_at(seq.KalmanFilter(model), Sequences.of(x), Parameters(model), method="", converged=True,
+                             num_iterations=0)
+        assert found.table.std_error[["trend_scale", "seasonal_scale"]].isna().all()
+        assert np.allclose(found.table.std_error[["scale", "level_scale"]], fixed.table.std_error, rtol=1e-6)
+        note, = found.notes
+        assert "['seasonal_scale', 'trend_scale']" in note and "edge" in note and not fixed.notes
 
 
 def test_a_search_cut_short():

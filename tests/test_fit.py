@@ -651,6 +651,14 @@ class Notes(seq.SequentialModel):
         return pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
 
 
+class IdleNotes(Notes):
+    """The same, with a latent that says nothing."""
+
+    def step(self, before, x=None):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+        return super().step(before, x)
+
+
 def songs(sequences):
     return [sequences.x["x"][b, :n] for b, n in enumerate(sequences.lengths.tolist())]
 
@@ -671,17 +679,40 @@ COLUMNS = ["nats per frame", "by sequence", "skip first"]
 
 def test_the_protocol_of_evaluation():
     test = songs(data(3, 9)) + [frames(1, 3)]
-    model = Notes(songs(data(0, 9)))
+    model, idle = Notes(songs(data(0, 9))), IdleNotes(songs(data(0, 9)))
     expected = counted(model, test)
     for rows in (2000, 7, 1):
         table = seq.evaluate(model, seq.PriorGuide(model), test, num_samples=3, num_particles=4, batch_rows=rows)
+        assert list(table.index) == ["log likelihood"] and list(table["samples"]) == [0]
+        assert table.loc["log likelihood", COLUMNS].tolist() == pytest.approx(expected, rel=1e-12)
+        assert math.isnan(table.loc["log likelihood", "standard error"])
+        # A latent that nothing depends on leaves the likelihood as it is, and makes bounds of it.
+        table = seq.evaluate(idle, seq.PriorGuide(idle), test, num_samples=3, num_particles=4, batch_rows=rows)
         assert list(table.index) == ["ELBO", "particle bound"] and list(table["samples"]) == [3, 4]
         for row in table.index:
             assert table.loc[row, COLUMNS].tolist() == pytest.approx(expected, rel=1e-12)
         assert table.loc["ELBO", "standard error"] == pytest.approx(0, abs=1e-12)
         assert math.isnan(table.loc["particle bound", "standard error"])
-    alone = seq.evaluate(model, seq.PriorGuide(model), [test[-1]], num_particles=0)
-    assert list(alone.index) == ["ELBO"] and math.isnan(alone.loc["ELBO", "skip first"])
+    alone = seq.evaluate(model, seq.PriorGuide(model), [test[-1]])
+    assert list(alone.index) == ["log likelihood"] and math.isnan(alone.loc["log likelihood", "skip first"])
+
+
+def test_what_is_exact_is_called_so():
+    """Of a model without latents the likelihood, unless it reads what is missing; a gap at the end is no such thing."""
+    torch.manual_seed(0)
+    for model in (seq.models.RecurrentNetwork(3, hidden=4), seq.models.CausalConvolution(3, hidden=4, dilations=(1, 2))):
+        x = model.simulate([6, 4])["x"]
+        exact = seq.ExactLikelihood(model).run(x, [6, 4]).total_log_evidence
+        table = seq.evaluate(model, seq.PriorGuide(model), seq.Sequences.of(x, [6, 4]))
+        assert list(table.index) == ["log likelihood"]
+        assert table.loc["log likelihood", "nats per frame"] == pytest.approx(-exact / 10, rel=1e-6)
+        observed = torch.ones(2, 6, 3, dtype=torch.bool)
+        observed[0, 5] = False
+        assert list(seq.evaluate(model, seq.PriorGuide(model), seq.Sequences.of(x, [6, 4], mask=observed)).index) == [
+            "log likelihood"]
+        observed[0, 2] = False
+        assert list(seq.evaluate(model, seq.PriorGuide(model), seq.Sequences.of(x, [6, 4], mask=observed)).index) == [
+            "ELBO", "particle bound"]
 
 
 def test_padding_is_not_scored():
@@ -697,9 +728,9 @@ def test_padding_is_not_scored():
         tables = [seq.evaluate(declared, proposer, batch, num_samples=4, num_particles=4)
                   for batch in (test, seq.Sequences.of(padded, lengths), seq.Sequences.of(longer, lengths))]
         assert tables[0].equals(tables[1]) and tables[0].equals(tables[2])
-        right.append(tables[0].loc["ELBO", "nats per frame"])
+        right.append(tables[0]["nats per frame"].iloc[0])
     silent = torch.cat([nn.utils.rnn.pad_sequence(test, batch_first=True), torch.zeros(9, 30, 3)], 1)
-    wrong = seq.evaluate(chain, seq.PriorGuide(chain), silent, num_particles=0).loc["ELBO", "nats per frame"]
+    wrong = seq.evaluate(chain, seq.PriorGuide(chain), silent).loc["log likelihood", "nats per frame"]
     assert wrong < 0.85 * right[0]
 
 
@@ -707,12 +738,12 @@ def test_notes_of_bach(data_dir):
     """Per-note first-order Markov chains need 10.47 nats a frame on JSB; with its padding counted as frames, 6.03."""
     jsb = load_polyphonic("jsb", data_dir)
     model = Notes(songs(jsb.train))
-    table = seq.evaluate(model, seq.PriorGuide(model), jsb.test, num_samples=1, num_particles=0)
-    assert table.loc["ELBO", COLUMNS].tolist() == pytest.approx(counted(model, songs(jsb.test)), rel=1e-10)
-    assert table.loc["ELBO", "nats per frame"] == pytest.approx(10.47, abs=0.01)
+    table = seq.evaluate(model, seq.PriorGuide(model), jsb.test)
+    assert table.loc["log likelihood", COLUMNS].tolist() == pytest.approx(counted(model, songs(jsb.test)), rel=1e-10)
+    assert table.loc["log likelihood", "nats per frame"] == pytest.approx(10.47, abs=0.01)
     padded = nn.utils.rnn.pad_sequence(songs(jsb.test), batch_first=True)
-    wrong = seq.evaluate(model, seq.PriorGuide(model), padded, num_samples=1, num_particles=0)
-    assert wrong.loc["ELBO", "nats per frame"] < 0.6 * table.loc["ELBO", "nats per frame"]
+    wrong = seq.evaluate(model, seq.PriorGuide(model), padded)
+    assert wrong.loc["log likelihood", "nats per frame"] < 0.6 * table.loc["log likelihood", "nats per frame"]
 
 
 def test_both_bounds_of_the_same_model():

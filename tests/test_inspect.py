@@ -11,6 +11,7 @@ from models import Bayesian, DeepMarkov, Driven, GammaRate, HiddenMarkov, LocalL
 from torch.distributions import constraints
 
 import pyro_seq as seq
+from pyro_seq.models import MarkovSwitchingAutoregression
 
 CONDITIONALLY = "conditionally linear-Gaussian"
 
@@ -92,6 +93,13 @@ def remembering_regime(h, x):
     h = 0.5 * h + k
     pyro.sample("x", dist.Normal(h, 1.0), obs=x)
     return h
+
+
+def left_to_right(h, x):
+    """A chain of two states that never goes back."""
+    k = pyro.sample("k", dist.Categorical(torch.tensor([[0.9, 0.1], [0.0, 1.0]])[h.long()]))
+    pyro.sample("x", dist.Normal(k.to(h), 1.0), obs=x)
+    return k.to(h)
 
 
 def two_lags(h, x):
@@ -254,12 +262,18 @@ TABLE = {
     "classes of a Gaussian": (emits(lambda z: dist.Categorical(logits=torch.stack([z, -z, 0 * z], -1))), {},
                               "nonlinear Gaussian", [("KalmanFilter", False, "integer type")]),
     "stochastic volatility": (StochasticVolatility, {}, "nonlinear Gaussian", [("KalmanFilter", False, "'x'")]),
-    "deep Markov": (DeepMarkov, {}, "nonlinear Gaussian", [("SequentialELBO", True, "")]),
+    "deep Markov": (DeepMarkov, {}, "nonlinear Gaussian",
+                    [("SequentialELBO", True, "with FilteringGuide, SmoothingGuide or AmortizedVariationalFilter, or")]),
     "deterministic transition": (step(deterministic, pairs), {}, "linear-Gaussian",
-                                 [("KalmanFilter", True, ""), ("FilteringGuide", False, "Delta, which has no density")]),
+                                 [("KalmanFilter", True, ""), ("FilteringGuide", False, "Delta, which has no density"),
+                                  ("SequentialELBO", True, r"only with a hand-written SequentialGuide for \['z'")]),
     "diffuse start": (lambda: Moves(lambda z: dist.Normal(z, 1.0), dist.ImproperUniform(constraints.real, (), ())), {},
                       "linear-Gaussian", [("KalmanFilter", True, ""), ("ParticleFilter", False, "ImproperUniform"),
-                                          ("RaoBlackwellisedFilter", False, "ImproperUniform")]),
+                                          ("RaoBlackwellisedFilter", False, "ImproperUniform"),
+                                          ("SequentialELBO", True, r"only with a hand-written SequentialGuide for \['z'\]")]),
+    "data without noise": (emits(lambda z: dist.Delta(z)), {}, "linear-Gaussian",
+                           [(method, False, "Delta of the state") for method in (
+                               "ParticleFilter", "RaoBlackwellisedFilter", "FilteringGuide", "SequentialELBO")]),
     "two sites": (step(two_sites, pairs), {}, "linear-Gaussian", []),
     "data in the recurrence": (step(data_in_the_recurrence, pairs), {}, "linear-Gaussian", []),
     "driven by a covariate and time": (Driven, {"u": U}, "linear-Gaussian", []),
@@ -285,7 +299,15 @@ TABLE = {
     "log-normal": (step(log_normal), {}, "none", [("KalmanFilter", False, "'s' of Step is LogNormal")]),
     "gamma rate": (GammaRate, {}, "none", [("FilteringGuide", True, "")]),
     "Poisson latent": (step(poisson_latent), {}, "none", [("ForwardBackward", False, "Poisson, which has no finite support")]),
-    "hidden Markov": (HiddenMarkov, {}, "discrete", [("ForwardBackward", True, "")]),
+    "hidden Markov": (HiddenMarkov, {}, "discrete",
+                      [("ForwardBackward", True, ""),
+                       ("KalmanFilter", False, "'k' of HiddenMarkov is Categorical.*ForwardBackward is exact"),
+                       ("SequentialELBO", True, r"with FilteringGuide or SmoothingGuide, .*\['k'\] by the score function")]),
+    "from left to right": (step(left_to_right), {}, "discrete",
+                           [("FilteringGuide", False, "'k' of Step gives some of its values probability zero"),
+                            ("SequentialELBO", True, "only with a hand-written")]),
+    "switching autoregression": (lambda: MarkovSwitchingAutoregression(2, order=1), {}, "discrete",
+                                 [("KalmanFilter", False, "'regime_1'.*Categorical.*ForwardBackward is exact")]),
     "several coins": (step(two_coins, pairs), {}, "discrete", [("ForwardBackward", True, "")]),
     "too many coins": (step(too_many_coins), {}, "none", [("ForwardBackward", False, "8192 joint values")]),
     "regimes with a memory": (step(remembering_regime), {}, "none", [("ForwardBackward", False, "latents of earlier steps")]),
@@ -428,4 +450,5 @@ def test_data_that_is_the_state_itself():
     """Particles never meet it; a Kalman filter conditions on it."""
     found = seq.inspect(seq.models.ARIMA((1, 0, 1)))
     assert found.applies("KalmanFilter") and not found.applies("ParticleFilter")
+    assert not found.applies("RaoBlackwellisedFilter")
     assert "no drawn state meets" in found.why("ParticleFilter")

@@ -179,6 +179,17 @@ def test_variances_are_infinite_until_identified():
     assert posterior.smoothed["level"].variance.isfinite().all()
 
 
+def test_a_diffuse_evidence_loses_no_digits_to_the_level_of_the_data():
+    """Shifting the data changes nothing: once, squares of the level were added and taken away again, and 1e-6 was lost."""
+    torch.manual_seed(0)
+    x = 0.3 * torch.randn(2, 80, dtype=torch.float64).cumsum(1)
+    x[0, 10:13], x[1, 70:] = torch.nan, torch.nan
+    method = seq.KalmanFilter(seq.models.LocalLinearTrend(coefficients={"scale": 0.2, "trend_scale": 1e-3}).double())
+    found = method.log_evidence(x, [80, 65])
+    torch.testing.assert_close(method.log_evidence(x + 1000.0, [80, 65]), found, rtol=0, atol=2e-10)
+    torch.testing.assert_close(method.run(x, [80, 65]).log_evidence_by_step.sum(1), found, rtol=0, atol=1e-9)
+
+
 def test_a_diffuse_state_that_is_not_identified():
     with pytest.raises(ValueError, match=r"sequence 1 does not identify the diffuse .*too few observed frames"):
         seq.KalmanFilter(NamedTrend()).run(torch.zeros(2, 5), [5, 1])

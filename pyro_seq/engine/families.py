@@ -10,7 +10,7 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.distributions import MaskedDistribution, TorchDistribution
+from pyro.distributions import Delta, MaskedDistribution, TorchDistribution
 from torch import Tensor
 from torch.distributions import (
     Distribution,
@@ -93,6 +93,9 @@ class Family:
             self.reinterpreted = fn.reinterpreted_batch_ndims
         elif isinstance(fn, MaskedDistribution):
             raise ValueError(f"site {name!r}: a masked latent has no family to learn in; mask by the data instead")
+        elif isinstance(fn, Delta):
+            raise ValueError(f"site {name!r} is a Delta, a function of what came before it, and has no density to learn: use "
+                             "KalmanFilter, if the model is linear; or let the state carry the value instead of sampling it")
         elif isinstance(fn, TransformedDistribution) and not fn.arg_constraints:
             self.inner = Family(fn.base_dist, name)
             self.transforms = fn.transforms

@@ -11,6 +11,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_seq.engine.loop import forward
+from pyro_seq.guide import PriorGuide
+from pyro_seq.infer.likelihood import ExactLikelihood, reads_gaps
 from pyro_seq.infer.particle_filter import ParticleFilter
 from pyro_seq.infer.run import entered, refuse_scaled
 from pyro_seq.module import require_count, require_guide, require_model
@@ -21,21 +23,23 @@ __all__ = ["evaluate"]
 
 def evaluate(model: Any, guide: Any, data: Any, *, num_samples: int = 10, num_particles: int = 128, batch_rows: int = 2000,
              seed: int = 0, progress: bool = False) -> pd.DataFrame:
-    r"""Negative log likelihood of the data, bounded in two ways, in nats per frame; lower is better.
+    r"""Negative log likelihood of the data, in nats per frame, exact or bounded in two ways; lower is better.
 
-    Every frame is scored, the first from an empty past, and padding is not. A row a bound:
+    Every frame is scored, the first from an empty past, and padding is not. A model without latents has one row,
+    ``log likelihood``: it is exact (:class:`~pyro_seq.ExactLikelihood`), and nothing is drawn. Else a row a bound:
 
     * ``ELBO``: the mean log weight of ``num_samples`` draws from the guide;
     * ``particle bound``: minus the mean log evidence of a particle filter with the guide as its proposal, resampling when the
       effective sample size falls below half (Maddison et al., *Filtering Variational Objectives*, 2017). A guide that reads the
       future is as valid a proposal.
 
-    Both are upper bounds of the negative log likelihood in expectation. The columns weigh differently:
+    Both are upper bounds of the negative log likelihood in expectation, and of a model without latents, too, where data is
+    missing that it reads. The columns weigh differently:
 
     * ``nats per frame``: the sum over all frames by the number of frames, the headline;
     * ``by sequence``: the mean over sequences of their own averages;
     * ``skip first``: the first frame of each sequence left out of sum and count;
-    * ``standard error``: of the headline, from the noise of the draws alone.
+    * ``standard error``: of the headline, from the noise of the draws alone; NaN where that is not known, or nothing is drawn.
 
     :param data: as accepted by :meth:`pyro_seq.Sequences.of`.
     :param int num_samples: draws of the ELBO.
@@ -51,6 +55,10 @@ def evaluate(model: Any, guide: Any, data: Any, *, num_samples: int = 10, num_pa
         >>> table = seq.evaluate(model, VRNNInference(model), model.simulate([5, 8])["x"], num_particles=16)
         >>> list(table.index), list(table.columns)[:3]
         (['ELBO', 'particle bound'], ['samples', 'nats per frame', 'by sequence'])
+        >>> from pyro_seq.models import RecurrentNetwork
+        >>> model = RecurrentNetwork(4, hidden=4)
+        >>> list(seq.evaluate(model, seq.PriorGuide(model), model.simulate([5, 8])["x"]).index)
+        ['log likelihood']
     """
     require_model(model, "evaluate")
     require_guide(guide, model, "evaluate")
@@ -61,9 +69,11 @@ def evaluate(model: Any, guide: Any, data: Any, *, num_samples: int = 10, num_pa
     model.eval(), guide.eval()
     try:
         with torch.random.fork_rng([data.device] if data.device.type == "cuda" else []):
+            exact = _is_exact(model, data)
             torch.manual_seed(seed)
-            rows = {"ELBO": _elbo(model, guide, data, num_samples, batch_rows, progress)}
-            if num_particles:
+            rows = {"log likelihood": _likelihood(model, data, batch_rows, progress)} if exact else {
+                "ELBO": _elbo(model, guide, data, num_samples, batch_rows, progress)}
+            if num_particles and not exact:
                 rows["particle bound"] = _particle_bound(model, guide, data, num_particles, batch_rows, progress)
     finally:
         model.train(modes[0]), guide.train(modes[1])
@@ -74,6 +84,25 @@ def _batches(data: Sequences, samples: int, batch_rows: int, progress: bool, wha
     """Indices of sequences of like length, few enough to run together."""
     parts = data.lengths.argsort().split(max(1, batch_rows // samples))
     return tqdm(parts, disable=not progress, desc=what, unit="batch")
+
+
+def _is_exact(model: Any, data: Sequences) -> bool:
+    """Whether the model has no latents, and reads no data that is missing."""
+    start = data.select([int(data.lengths.argmax())]).until(2)
+
+    def latents(_: Any) -> bool:
+        return any(not site.observed for step in forward(model, PriorGuide(model), start, score=False)
+                   for site in step.sites.values())
+
+    return not (model.global_sites() or reads_gaps(model, data) or entered(model, None, start, latents))
+
+
+def _likelihood(model: Any, data: Sequences, batch_rows: int, progress: bool) -> tuple[int, Tensor, Tensor, Tensor]:
+    total, first = (torch.zeros(data.num_sequences, dtype=torch.double) for _ in range(2))
+    for index in _batches(data, 1, batch_rows, progress, "log likelihood"):
+        by_step = ExactLikelihood(model).run(data.select(index)).log_evidence_by_step.double().cpu()
+        total[index.cpu()], first[index.cpu()] = by_step.sum(1), by_step[:, 0]
+    return 0, total, first, torch.full_like(total, torch.nan)
 
 
 def _elbo(model: Any, guide: Any, data: Sequences, samples: int, batch_rows: int, progress: bool

@@ -106,13 +106,14 @@ def _simulated(model: Any, like: Sequences) -> dict[str, Tensor]:
     for sites, _ in propagate(model, None, like.simulated().packed.frames()):
         for name, site in sites.items():
             drawn.setdefault(name, []).append(site.value)
-    missing = sorted(names - set(drawn))
-    if missing or not names:
-        raise ValueError(f"cannot tell the shape of the data arguments {missing or '(none found)'} of "
+    # Arguments that are no sites may be left out, as covariates that default to None are.
+    found = sorted(names & set(drawn))
+    if not found:
+        raise ValueError(f"cannot tell the shape of the data arguments {sorted(names) or '(none found)'} of "
                          f"{type(model).__name__} from its sites {sorted(drawn)}: pass like=x, some data, to the guide")
     if len(set(like.lengths.tolist())) > 1:
         raise ValueError("like without data needs sequences of one length")
-    return {name: torch.stack(drawn[name], 1) for name in sorted(names)}
+    return {name: torch.stack(drawn[name], 1) for name in found}
 
 
 def flat_frame(x: Mapping[str, Tensor], covariates: Mapping[str, Tensor], rows: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor
-from torch.distributions import SoftmaxTransform, constraints, transform_to
+from torch.distributions import IndependentTransform, SoftmaxTransform, constraints, transform_to
 
 from pyro_seq.module import own_parameters
 from pyro_seq.sequences import Sequences
@@ -177,10 +177,15 @@ def estimates_at(exact: Any, sequences: Sequences, parameters: Parameters, **how
     information = 0.5 * (information + information.T)
     bases = [_identified(item).to(information) for item in parameters.items]
     basis = torch.block_diag(*bases)
-    reduced, unknown, notes = _invert(basis.T @ information @ basis, [
-        item.name for item, own in zip(parameters.items, bases, strict=True) for _ in range(own.shape[1])])
+    blocks = [block for item in parameters.items for block in _blocks(item)]
+    owners = torch.tensor([b for b, (_, size, free) in enumerate(blocks) for _ in range(free)], device=basis.device)
+    entries = torch.tensor([b for b, (_, size, free) in enumerate(blocks) for _ in range(size)], device=basis.device)
+    reduced, unknown, at_edge, notes = _invert_inside(
+        basis.T @ information @ basis, owners, [None if item.is_free else item.name for item, _, _ in blocks],
+        [item.name for item, own in zip(parameters.items, bases, strict=True) for _ in range(own.shape[1])])
     covariance, unknown = basis @ reduced @ basis.T, (basis[:, unknown] != 0).any(1)
-    names, values, jacobians, at, edges = [], [], [], 0, []
+    unknown |= torch.isin(entries, torch.tensor(sorted(at_edge), dtype=entries.dtype, device=basis.device))
+    names, values, jacobians = [], [], []
     for item in parameters.items:
         u = item.unconstrained.detach()
         value_here = item.constrain(u)
@@ -189,14 +194,6 @@ def estimates_at(exact: Any, sequences: Sequences, parameters: Parameters, **how
                   for index in product(*map(range, value_here.shape))]
         values.append(value_here.reshape(-1).double())
         jacobians.append(jacobian)
-        here = slice(at, at + u.numel())
-        if not item.is_free and (covariance.diagonal()[here] > _EDGE**2).any():
-            edges.append(item.name)
-            unknown[here] = True
-        at += u.numel()
-    if edges:
-        notes.append(f"{edges} went to the edge of what the constraint allows: the likelihood is largest there, and standard "
-                     "errors do not apply (NaN)")
     jacobian = torch.block_diag(*jacobians)
     estimate = torch.cat(values)
     covariance = jacobian @ covariance @ jacobian.T
@@ -222,6 +219,53 @@ def _identified(item: Free) -> Tensor:
     ones = torch.ones(width, 1, dtype=torch.float64, device=item.unconstrained.device)
     rest = torch.linalg.qr(ones, mode="complete").Q[:, 1:]
     return torch.block_diag(*[rest] * (shape.numel() // width))
+
+
+def _blocks(item: Free) -> list[tuple[Free, int, int]]:
+    """The parts of a parameter that can be at an edge each by itself, with their numbers of entries and of free dimensions: an
+    entry where each is constrained by itself, a row of probabilities, or the whole."""
+    n, transform = item.unconstrained.numel(), item.constrain
+    if isinstance(transform, SoftmaxTransform):
+        width = item.unconstrained.shape[-1]
+        return [(item, width, width - 1)] * (n // width)
+    while isinstance(transform, IndependentTransform):
+        transform = transform.base_transform
+    return [(item, n, n)] if transform.domain.event_dim else [(item, 1, 1)] * n
+
+
+def _invert_inside(information: Tensor, owners: Tensor, constrained: list[str | None], names: list[str]
+                   ) -> tuple[Tensor, Tensor, set[int], list[str]]:
+    """The inverse, as if the blocks at the edge of their constraint were known; which entries that leaves out; which blocks
+    are at the edge; and a word on why.
+
+    :param owners: the block of each row.
+    :param constrained: of each block the name, or ``None`` if it has no edge.
+    :param names: of each row.
+    """
+    edge = set()
+    for b, name in enumerate(constrained):
+        own = information[owners == b][:, owners == b]
+        if name is not None and len(own) and (
+                not own.isfinite().all() or torch.linalg.eigvalsh(own).abs().min() < _EDGE**-2):
+            edge.add(b)
+    while True:
+        inside = torch.tensor([b not in edge for b in owners.tolist()], dtype=torch.bool, device=owners.device)
+        found, lost, notes = _invert(information[inside][:, inside], [n for n, kept in zip(names, inside.tolist()) if kept])
+        wide = torch.where(lost, 0.0, found.diagonal())
+        for b in range(len(constrained)):
+            if constrained[b] is None:
+                wide = torch.where(owners[inside] == b, 0.0, wide)
+        if not len(wide) or not wide.max() > _EDGE**2:
+            break
+        edge.add(int(owners[inside][wide.argmax()]))
+    covariance, unknown = torch.zeros_like(information), ~inside
+    covariance[inside.nonzero(), inside.nonzero()[:, 0]] = found
+    unknown[inside] = lost
+    if edge:
+        which = sorted({constrained[b] for b in edge})
+        notes = [*notes, f"{which}: as far as the data tells at the edge of what the constraint allows (a scale of zero, "
+                 "say), where standard errors do not apply (NaN); those of the others hold it fixed"]
+    return covariance, unknown, edge, notes
 
 
 def _invert(information: Tensor, names: list[str]) -> tuple[Tensor, Tensor, list[str]]:

@@ -16,7 +16,7 @@ from pyro_seq.infer.run import Stopwatch, entered, refuse_scaled
 from pyro_seq.module import require_model
 from pyro_seq.sequences import Packed, Sequences, repeat_rows
 
-__all__ = ["ExactLikelihood"]
+__all__ = ["ExactLikelihood", "reads_gaps"]
 
 
 class ExactLikelihood:
@@ -127,16 +127,25 @@ def _refuse_latents(model: Any, step: Step) -> None:
                              f"{f'. If {name!r} is data, pass it' if name in model.data_names() else ''}")
 
 
-def _refuse_gaps(model: Any, sequences: Sequences) -> None:
-    """Raise if a frame with a gap is followed by data, its own included, in a model that reads its data."""
+def reads_gaps(model: Any, sequences: Sequences) -> bool:
+    """Whether data is missing that the model reads to predict what is observed."""
+    return bool(_gaps(model, sequences).any())
+
+
+def _gaps(model: Any, sequences: Sequences) -> Tensor:
+    """``(B, T)``: frames with a gap that data follows, the frame's own included, in a model that reads its data."""
     if not sequences.has_missing or not model.missing_feeds_state:
-        return
+        return torch.zeros_like(sequences.active)
     absent = [sequences.observed[name].logical_not() if name in sequences.observed else value.isnan()
               for name, value in sequences.x.items()]
     absent = torch.cat([value[:, :sequences.num_steps].reshape(*sequences.active.shape, -1) for value in absent], -1)
     data = ~absent.all(-1) & sequences.active
     followed = data.flip(1).cummax(1).values.flip(1)
-    bad = absent.any(-1) & sequences.active & followed
+    return absent.any(-1) & sequences.active & followed
+
+
+def _refuse_gaps(model: Any, sequences: Sequences) -> None:
+    bad = _gaps(model, sequences)
     if bad.any():
         b, t = bad.nonzero()[0].tolist()
         raise ValueError(

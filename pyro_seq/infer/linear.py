@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from pyro_seq.engine.gaussian import innermost, is_gaussian, moments
-from pyro_seq.engine.sites import StepSites
+from pyro_seq.engine.sites import Site, StepSites
 from pyro_seq.engine.state import State, leaves, map_state
 from pyro_seq.module import accepted
 from pyro_seq.sequences import Frame, Sequences
@@ -178,9 +178,12 @@ class _Probe:
 
     def _latent_sites(self) -> dict[str, torch.Size]:
         zero = torch.zeros(1, self.state_width + self.data_width, device=self.device)
-        state, x = self._unflatten_state(zero[:, :self.state_width], 1), self._unflatten_data(zero, self.state_width, 1)
+        # The model's own first state, as zero may be none that it can be in: probabilities, say.
+        state = self.state if self.first else self._unflatten_state(zero[:, :self.state_width], 1)
+        x = self._unflatten_data(zero, self.state_width, 1)
         with StepSites(self._frame(1, x, repeat=False), proposal=self._draw) as step:
             self.model.apply(state, self._frame(1, x, repeat=False))
+        _require_continuous(step.latents, type(self.model).__name__)
         for site in step.sites.values():
             _require_gaussian(site.p, site.name, type(self.model).__name__, flat=self.first and not site.observed)
         self.flat = {name for name, site in step.sites.items() if isinstance(site.p, ImproperUniform)}
@@ -298,6 +301,16 @@ class _Probe:
                 f"{SCALES[0]:g} to {SCALES[-1]:g}; it fails at {tests[row].abs().max().item():.2g}): the Kalman filter is "
                 "not exact here. Use ParticleFilter or a guide; or, if it is linear wherever the data can take it, "
                 "KalmanFilter(model, assume_linear=True)")
+
+
+def _require_continuous(latents: dict[str, Site], model: str) -> None:
+    """Raise if there is a discrete latent, naming what is exact then."""
+    discrete = [name for name, site in latents.items() if innermost(site.p).has_enumerate_support]
+    if discrete:
+        instead = ("ForwardBackward is exact" if len(discrete) == len(latents) else
+                   "Use RaoBlackwellisedFilter, if the other latents are linear and Gaussian given it, or ParticleFilter")
+        raise ValueError(f"latent site {discrete[0]!r} of {model} is {type(innermost(latents[discrete[0]].p)).__name__}: it is "
+                         f"discrete, not Gaussian, and no Kalman filter takes it. {instead}")
 
 
 def _require_gaussian(fn: Distribution, name: str, model: str, flat: bool = False) -> None:

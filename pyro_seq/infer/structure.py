@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from pyro.distributions import Delta, ImproperUniform
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Bernoulli, Distribution
 
 from pyro_seq.engine.families import Family
 from pyro_seq.engine.gaussian import innermost, is_gaussian
@@ -250,6 +250,7 @@ class _Inspection:
                 split, no_split = marginalise(self.model, self.sequences, steps=self.sequences.num_steps).split, None
             except (ValueError, RuntimeError) as error:
                 split, no_split = None, _one_line(error)
+        no_split = no_split or self._reason(self._require_noisy_data)
         if not self.latents:
             kind = "no latents"
         elif no_tables is None:
@@ -286,7 +287,7 @@ class _Inspection:
                 *((f"{name}KalmanFilter", approximate, "") for name in ("Extended", "Unscented", "Ensemble")),
                 ("RaoBlackwellisedFilter", no_split, remark), ("ParticleFilter", drawn, ""),
                 ("FilteringGuide", learned, beside), ("AmortizedVariationalFilter", learned or refined, beside),
-                ("SequentialELBO", None if names else "there is no latent site to bound over: maximise the likelihood", "")]
+                ("SequentialELBO", self._reason(self._boundable), self._guides(learned, refined))]
         return tuple(Applies(name, reason is None, remark if reason is None else reason) for name, reason, remark in rows)
 
     def _steps(self, sequences: Sequences, most: int) -> Any:
@@ -399,6 +400,9 @@ class _Inspection:
             if any(isinstance(innermost(p), ImproperUniform) for p in ps):
                 raise ValueError(f"site {name!r} of {self.kind} is ImproperUniform and cannot be drawn: give it a proper "
                                  "distribution")
+        self._require_noisy_data()
+
+    def _require_noisy_data(self) -> None:
         for name, sites in self.seen.items():
             if any(site.observed and isinstance(innermost(site.p), Delta) for site in sites):
                 raise ValueError(f"the data of site {name!r} of {self.kind} is a Delta of the state, which no drawn state "
@@ -407,6 +411,7 @@ class _Inspection:
     def _learnable(self) -> None:
         if not self.latents:
             raise ValueError(f"{self.kind} has no latent site to propose: its likelihood needs no guide")
+        self._require_noisy_data()
         for name, ps in self.latents.items():
             if any(isinstance(innermost(p), Delta) for p in ps):
                 raise ValueError(f"site {name!r} of {self.kind} is a Delta, which has no density to bound")
@@ -415,6 +420,24 @@ class _Inspection:
                 if not family.same(p):
                     raise ValueError(f"site {name!r} is {family.kind.__name__} at the first step and {type(p).__name__} "
                                      "later: a learned guide needs one family for all steps")
+                if self.sizes[name] is not None and _rules_out(innermost(p)):
+                    raise ValueError(f"site {name!r} of {self.kind} gives some of its values probability zero; a learned guide "
+                                     "proposes every value, and its bound would be -inf")
+
+    def _guides(self, learned: str | None, refined: str | None) -> str:
+        """The guides by which a bound can be had."""
+        if learned is not None:
+            return f"only with a hand-written SequentialGuide for {list(self.latents)}: no learned guide proposes them"
+        if refined is None:
+            return "with FilteringGuide, SmoothingGuide or AmortizedVariationalFilter, or a hand-written SequentialGuide"
+        scored = [name for name, ps in self.latents.items() if not ps[0].has_rsample]
+        return ("with FilteringGuide or SmoothingGuide, or a hand-written SequentialGuide; gradients of "
+                f"{scored} by the score function, which are noisy")
+
+    def _boundable(self) -> None:
+        if not self.latents:
+            raise ValueError("there is no latent site to bound over: maximise the likelihood")
+        self._require_noisy_data()
 
     def _pathwise(self) -> None:
         for name, ps in self.latents.items():
@@ -443,6 +466,14 @@ def _size(p: Distribution) -> int | None:
     except NotImplementedError:
         return None
     return count ** p.event_shape[:len(p.event_shape) - len(base.event_shape)].numel()
+
+
+def _rules_out(p: Distribution) -> bool:
+    """Whether a distribution over finitely many values gives any of them probability zero."""
+    probs = getattr(p, "probs", None)
+    if probs is None:
+        return False
+    return bool((probs == 0).any() or isinstance(p, Bernoulli) and (probs == 1).any())
 
 
 def _require_moments(name: str, p: Distribution) -> None:

@@ -121,13 +121,17 @@ class Forward:
     @cached_property
     def base(self) -> Tensor:
         """``(B, T)`` log density of each frame given the ones before, for diffuse coefficients of zero."""
-        if self.whole:
-            constant, scale = _LOG_2PI * self.data.shape[-1], self.log_scale
-        else:
-            constant, scale = _LOG_2PI * self.present.sum(-1), torch.where(self.present.any(-1), self.log_scale, 0.0)
         squares = self.whitened.square()
         squares = squares[..., 0] if squares.shape[-1] == 1 else squares.sum(-1)
-        return (-0.5 * squares - (0.5 * constant + scale)).mT
+        return self.scales - 0.5 * squares.mT
+
+    @cached_property
+    def scales(self) -> Tensor:
+        """``(B, T)``: the part of that which does not depend on the data's values."""
+        if self.whole:
+            found = 0.5 * _LOG_2PI * self.data.shape[-1] + self.log_scale
+            return -found.expand(self.data.shape[:2]).mT
+        return -(0.5 * _LOG_2PI * self.present.sum(-1) + torch.where(self.present.any(-1), self.log_scale, 0.0)).mT
 
     @property
     def num_diffuse(self) -> int:
@@ -171,8 +175,15 @@ class Forward:
 
     def evidence(self) -> Tensor:
         """``(B,)``"""
-        total = self.base.sum(1)
-        return total + self._of_diffuse(*self.at_end) if self.num_diffuse else total
+        if not self.num_diffuse:
+            return self.base.sum(1)
+        # The squares are of what the coefficients leave of the data: those of the data itself, less what the coefficients
+        # explain of them, would lose the digits that the two have in common.
+        mean, factor = self.at_end
+        left = self.whitened - (mean[:, None] @ self.effect)[..., 0, :]
+        squares = torch.where(self.active.T[..., None], left, 0.0).square().sum((0, 2))
+        prior = ((mean[:, None] @ self.carry.precision)[:, 0] - 2 * self.carry.score) * mean
+        return self.scales.sum(1) - 0.5 * (squares + prior.sum(-1)) - factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
     def _of_diffuse(self, mean: Tensor, factor: Tensor) -> Tensor:
         """What integrating the diffuse coefficients out adds to the log evidence."""
