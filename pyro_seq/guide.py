@@ -146,8 +146,8 @@ class SequentialGuide(SequentialModule):
         :returns: the encodings of these frames, ``(B, T, ...)``, and what to carry on.
         """
         if type(self).prepare is not SequentialGuide.prepare or type(self).prepare_rows is not SequentialGuide.prepare_rows:
-            raise ValueError(f"{type(self).__name__} prepares its encodings from the whole series, and a stream is fed one frame "
-                             "at a time: define stream_rows(self, sequences, carry) -> (encodings, carry), which runs on from "
+            raise ValueError(f"{type(self).__name__} prepares its encodings from the whole series, and a stream is fed one "
+                             "frame at a time: define stream_rows(self, sequences, carry) -> (encodings, carry), which runs on from "
                              "what it carries")
         return None, None
 

@@ -21,7 +21,8 @@ from pyro_seq.engine.sites import Site, StepSites, draw
 from pyro_seq.engine.state import State, by_step, check_state, leaves, map_state
 from pyro_seq.sequences import Frame, Sequences, first_rows, repeat_rows
 
-__all__ = ["Between", "Checked", "Step", "Window", "advance", "forward", "propagate", "same_latents", "simulate", "weighted_step"]
+__all__ = ["Between", "Checked", "Step", "Window", "advance", "forward", "propagate", "same_latents", "simulate",
+           "weighted_step"]
 
 Between = Callable[[Frame, State, Any, Tensor], tuple[Tensor | None, Tensor]]
 """Called before step ``t >= 2`` with the frame to come, the states, the guide's encoding of the frame and the log weights

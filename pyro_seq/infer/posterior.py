@@ -212,8 +212,8 @@ class Posterior:
         require_count("num_samples", num_samples, 1)
         if self.final_state is None or self.model is None:
             raise ValueError(f"{self.method} cannot predict: its model runs on the data it was given")
-        return draw_future(self.model, self.parameters, self.final_state, self.sequences.lengths, horizon, num_samples, covariates,
-                           self.forecast_moments, self.sequences)
+        return draw_future(self.model, self.parameters, self.final_state, self.sequences.lengths, horizon, num_samples,
+                           covariates, self.forecast_moments, self.sequences)
 
     def residuals(self, num_particles: int = 2000) -> Residuals:
         """One-step-ahead prediction errors and probability integral transforms of the data: is the model right?
@@ -265,8 +265,8 @@ class Posterior:
         return found[site]
 
 
-def draw_future(model: Any, parameters: Mapping[str, Tensor], final_state: Callable[[int], State], lengths: Tensor, horizon: int,
-                num_samples: int, covariates: Mapping[str, Any],
+def draw_future(model: Any, parameters: Mapping[str, Tensor], final_state: Callable[[int], State], lengths: Tensor,
+                horizon: int, num_samples: int, covariates: Mapping[str, Any],
                 forecast_moments: Callable[[Sequences], Mapping[str, Moments]] | None = None, sequences: Sequences | None = None
                 ) -> Draws:
     """Run the model on from draws of its last state; the arguments are as for :meth:`Posterior.predict` and in its fields.

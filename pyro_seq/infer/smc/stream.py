@@ -86,8 +86,8 @@ class ParticleStream:
         if method.model.state_grows:
             raise TypeError("a model from seq.from_pyro has no Markov state to stream: declare it as a StateSpaceModel")
         if method.num_runs != 1 or method.history:
-            raise ValueError("a stream is one filter that keeps nothing of the past: make the ParticleFilter with num_runs=1 and "
-                             "history=False")
+            raise ValueError("a stream is one filter that keeps nothing of the past: make the ParticleFilter with num_runs=1 "
+                             "and history=False")
         if guide.reads_future:
             raise ValueError(f"{type(guide).__name__} reads frames to come, which a stream does not have: use a guide that "
                              "filters. (One with prepare is taken to; if it reads the past only, set reads_future = False in "
@@ -175,7 +175,7 @@ class ParticleStream:
         """
         found = dict(state_dict) if isinstance(state_dict, Mapping) else {}
         if found.get("format") != _FORMAT:
-            raise ValueError(f"this is no snapshot of a particle stream (format {found.get('format')!r}, expected {_FORMAT!r}): "
+            raise ValueError(f"this is no snapshot of a particle stream (format {found.get('format')!r}, not {_FORMAT!r}): "
                              "load what ParticleStream.state_dict returned")
         if lacking := sorted(set(self.state_dict()) - set(found)):
             raise ValueError(f"the snapshot is damaged: it lacks {lacking}")
@@ -183,8 +183,8 @@ class ParticleStream:
                 "num_particles": self.method.num_particles}
         for what, value in ours.items():
             if found[what] != value:
-                raise ValueError(f"the snapshot is of a stream with {what} {found[what]!r}, and this one has {value!r}: make the "
-                                 "ParticleFilter as it was")
+                raise ValueError(f"the snapshot is of a stream with {what} {found[what]!r}, and this one has {value!r}: make "
+                                 "the ParticleFilter as it was")
         try:
             state, carry = _of_plain(found["state"]), _of_plain(found["carry"])
             time, log_weights, log_evidence = found["time"], found["log_weights"], found["log_evidence"]
@@ -236,8 +236,8 @@ class ParticleStream:
         if not sequences.x:
             raise ValueError(f"{where} holds no data: pass x, NaN or mask= where it is missing")
         if sequences.num_sequences != batch:
-            raise ValueError(f"{where} holds {sequences.num_sequences} sequences and the ones before {batch}: a stream is fed one "
-                             "frame (B, ...) of the same sequences")
+            raise ValueError(f"{where} holds {sequences.num_sequences} sequences and the ones before {batch}: a stream is fed "
+                             "one frame (B, ...) of the same sequences")
         if sequences.device != self._log_weights.device:
             raise ValueError(f"{where} is on {sequences.device} and the particles on {self._log_weights.device}: move it with "
                              f".to({str(self._log_weights.device)!r})")
