@@ -134,6 +134,23 @@ class SequentialGuide(SequentialModule):
                                  f"(B, T, ...) = ({expected[0]}, {expected[1]}, ...), one for each frame")
         return encodings
 
+    def stream_rows(self, sequences: Sequences, carry: State) -> tuple[Any, State]:
+        """What :meth:`prepare_rows` would say of further frames, for a filter that is fed them as they come.
+
+        A guide with :meth:`prepare` that reads the past only can define this to be streamed: run what it prepares on from
+        ``carry``.
+
+        :param sequences: the next frames of each sequence, ``x[name]`` being ``(B, T, ...)``, NaN where missing.
+        :param carry: what the last call returned beside the encodings, tensors in (named) tuples, lists or dicts; ``None`` at
+            the first.
+        :returns: the encodings of these frames, ``(B, T, ...)``, and what to carry on.
+        """
+        if type(self).prepare is not SequentialGuide.prepare or type(self).prepare_rows is not SequentialGuide.prepare_rows:
+            raise ValueError(f"{type(self).__name__} prepares its encodings from the whole series, and a stream is fed one "
+                             "frame at a time: define stream_rows(self, sequences, carry) -> (encodings, carry), which runs on from "
+                             "what it carries")
+        return None, None
+
     def propose(self, state: State, frame: Frame, encoding: Any, emit: PyroSites | None = None) -> Proposal:
         """What this step's latents are drawn from.
 
@@ -197,6 +214,9 @@ class PriorGuide(SequentialGuide):
 
     def prepare_rows(self, sequences: Sequences) -> None:
         return None
+
+    def stream_rows(self, sequences: Sequences, carry: State) -> tuple[None, None]:
+        return None, None
 
     def propose(self, state: State, frame: Frame, encoding: Any, emit: Any = None) -> Proposal:
         return from_prior

@@ -21,7 +21,8 @@ from pyro_seq.engine.sites import Site, StepSites, draw
 from pyro_seq.engine.state import State, by_step, check_state, leaves, map_state
 from pyro_seq.sequences import Frame, Sequences, first_rows, repeat_rows
 
-__all__ = ["Between", "Step", "Window", "forward", "propagate", "simulate", "weighted_step"]
+__all__ = ["Between", "Checked", "Step", "Window", "advance", "forward", "propagate", "same_latents", "simulate",
+           "weighted_step"]
 
 Between = Callable[[Frame, State, Any, Tensor], tuple[Tensor | None, Tensor]]
 """Called before step ``t >= 2`` with the frame to come, the states, the guide's encoding of the frame and the log weights
@@ -102,32 +103,43 @@ def forward(model: Any, guide: Any, sequences: Sequences, num_particles: int = 1
     plan, checks, names = _Plan(), Checked(), None
     for frame in packed.frames(num_particles, start, stop):
         running = packed.counts[frame.t - 1]
-        ancestors, auxiliary = None, None
         encoding = map_state(lambda leaf, n=running: repeat_rows(first_rows(leaf, n), num_particles),
                              encodings[frame.t - start])
         if frame.first:
             state = model.begin(frame)
         else:
             state = map_state(lambda leaf, rows=frame.rows: first_rows(leaf, rows), state)
-            if score and log_weights is not None:
-                log_weights = log_weights[:running]
-                if between is not None:
-                    ancestors, log_weights = between(frame, state, encoding, log_weights)
-                    if ancestors is not None:
-                        state = select(state, ancestors)
-        before = state
-        with checks:
-            if score:
-                sites, state, weight = weighted_step(model, guide, state, frame, encoding)
-                weight = weight.reshape(running, num_particles)
-                log_weights = weight if log_weights is None else log_weights + weight
-            else:
-                sites, state, auxiliary = _draw_step(model, guide, state, frame, encoding, plan)
-        names = _same_latents(model, names, sites, frame)
-        yield Step(frame, sites, before, state, log_weights, ancestors, auxiliary)
+        if score:
+            log_weights = None if log_weights is None else log_weights[:running]
+            step = advance(model, guide, frame, state, encoding, log_weights, num_particles, between, checks)
+            log_weights = step.log_weights
+        else:
+            with checks:
+                sites, after, auxiliary = _draw_step(model, guide, state, frame, encoding, plan)
+            step = Step(frame, sites, state, after, None, None, auxiliary)
+        state = step.state
+        names = same_latents(model, names, step.sites, frame)
+        yield step
 
 
-def _same_latents(model: Any, names: set[str] | None, sites: dict[str, Site], frame: Frame) -> set[str]:
+def advance(model: Any, guide: Any, frame: Frame, state: State, encoding: Any, log_weights: Tensor | None, num_particles: int,
+            between: Between | None, checks: Checked) -> Step:
+    """One turn of the scoring loop: what happens between the steps, then the weighted step.
+
+    :param log_weights: ``(n, N)`` accumulated; ``None`` before the first step.
+    """
+    ancestors = None
+    if log_weights is not None and between is not None:
+        ancestors, log_weights = between(frame, state, encoding, log_weights)
+        if ancestors is not None:
+            state = select(state, ancestors)
+    with checks:
+        sites, after, weight = weighted_step(model, guide, state, frame, encoding)
+    weight = weight.reshape(-1, num_particles)
+    return Step(frame, sites, state, after, weight if log_weights is None else log_weights + weight, ancestors, None)
+
+
+def same_latents(model: Any, names: set[str] | None, sites: dict[str, Site], frame: Frame) -> set[str]:
     """The latent names of a step, which are those of the first one."""
     found = {name for name, site in sites.items() if not site.observed}
     if names is not None and found != names:

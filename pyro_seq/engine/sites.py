@@ -22,7 +22,7 @@ from pyro_seq.engine.families import expand_rows, has_moving_support, in_support
 from pyro_seq.engine.missing import FrozenRows, SomeEntries, fill, require_imputable, score_entries
 from pyro_seq.sequences import Frame
 
-__all__ = ["LatentsDrawn", "Proposal", "PyroSites", "Site", "StepSites", "draw"]
+__all__ = ["LatentsDrawn", "Proposal", "PyroSites", "Site", "StepSites", "check_support", "draw"]
 
 Proposal = Callable[[str, Distribution], tuple[Distribution | None, Tensor | None]]
 """Given a latent site and its prior: the distribution to draw it from (``None``: the prior) and, where it is drawn
@@ -270,7 +270,7 @@ def _observed_value(name: str, p: Distribution, value: Tensor, frame: Frame) -> 
                 raise TypeError(f"site {name!r}: the data is {value.dtype} and the model {first.dtype}; convert the "
                                 f"data with x.to({first.dtype}) or the model with model.to({value.dtype})")
         if frame.first:
-            _check_support(name, p, like, frame)
+            check_support(name, p, frame)
     if not frame.first:
         _without_check(p)  # all of the data has been checked at the first step
     return value
@@ -285,13 +285,16 @@ def _without_check(fn: Distribution) -> None:
         fn = fn.base_dist
 
 
-def _check_support(name: str, p: Distribution, like: Distribution, frame: Frame) -> None:
+def check_support(name: str, p: Distribution, frame: Frame) -> None:
     """Check all data of a site against its support at once, at the first step, where the support is fixed.
 
     Where it moves with the parameters, as a uniform's, a value outside has density zero: that is for the weights to say.
     """
     if has_moving_support(p):
         return _without_check(p)
+    like = p
+    while hasattr(like, "base_dist"):
+        like = like.base_dist
     if frame.whole is None or name not in frame.x or (name, type(like)) in frame.whole.inside_support:
         return
     x = frame.whole.x[name]
@@ -306,7 +309,8 @@ def _check_support(name: str, p: Distribution, like: Distribution, frame: Frame)
     inside = inside.all(-1)
     if not inside.all():
         b, t = (~inside).nonzero()[0].tolist()
-        raise ValueError(f"site {name!r}: the data of sequence {b} at time {t + 1} lies outside the support of "
+        time = t + (frame.t if isinstance(frame.t, int) else 1)
+        raise ValueError(f"site {name!r}: the data of sequence {b} at time {time} lies outside the support of "
                          f"{type(like).__name__}: transform the data, or choose another distribution")
     frame.whole.inside_support.add((name, type(like)))
 

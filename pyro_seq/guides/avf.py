@@ -100,10 +100,14 @@ class AmortizedVariationalFilter(NetworkGuide):
 
     def prepare_rows(self, sequences: Sequences) -> Tensor | None:
         """``(B, T, hidden + outputs)``: what each frame adds to the update network."""
+        return self.stream_rows(sequences, None)[0]
+
+    def stream_rows(self, sequences: Sequences, carry: State) -> tuple[Tensor | None, State]:
         frames = self.all_frames(sequences)
         if self.rnn is not None:
-            frames = torch.cat([frames, self.rnn(frames)[0]], -1)
-        return None if self.preset == "paper" else self.update.prepare(frames)
+            encoded, carry = self.rnn(frames, carry)
+            frames = torch.cat([frames, encoded], -1)
+        return None if self.preset == "paper" else self.update.prepare(frames), carry
 
     def propose(self, state: State, frame: Frame, encoding: Tensor | None, emit: Any = None) -> _Moved:
         return self._refine(state, frame, encoding)[0]

@@ -75,6 +75,11 @@ class KalmanGuide(SequentialGuide):
         frame = sequences.frame(1)
         self.__dict__["_layout"] = Layout.of(self.model, self.model.begin(frame), frame)
 
+    def stream_rows(self, sequences: Sequences, carry: State) -> tuple[None, None]:
+        if "_layout" not in self.__dict__:
+            self.prepare_rows(sequences)
+        return None, None
+
     @property
     def layout(self) -> Layout:
         """The sites of the model's step, looked up as each run begins."""

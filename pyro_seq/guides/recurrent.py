@@ -75,13 +75,17 @@ class FilteringGuide(NetworkGuide):
 
     def prepare_rows(self, sequences: Sequences) -> dict[str, Tensor]:
         """For each latent site, ``(B, T, hidden + outputs)``: what each frame and the encoding up to it add to its head."""
+        return self.stream_rows(sequences, None)[0]
+
+    def stream_rows(self, sequences: Sequences, carry: State) -> tuple[dict[str, Tensor], State]:
         frames = self.all_frames(sequences)
         if self.rnn is not None:
-            frames = torch.cat([frames, self._encode(frames, sequences.lengths)], -1)
-        return {site: self.heads[site].prepare(frames) for site in self.families}
+            encoded, carry = self._encode(frames, sequences.lengths, carry)
+            frames = torch.cat([frames, encoded], -1)
+        return {site: self.heads[site].prepare(frames) for site in self.families}, carry
 
-    def _encode(self, frames: Tensor, lengths: Tensor) -> Tensor:
-        return self.rnn(frames)[0]
+    def _encode(self, frames: Tensor, lengths: Tensor, carry: State) -> tuple[Tensor, State]:
+        return self.rnn(frames, carry)
 
     def propose(self, state: State, frame: Frame, encoding: dict[str, Tensor], emit: Any = None) -> Proposal:
         features = self.state_features(state, frame.rows)
@@ -126,7 +130,7 @@ class SmoothingGuide(FilteringGuide):
     bidirectional = True
     reads_future = True
 
-    def _encode(self, frames: Tensor, lengths: Tensor) -> Tensor:
+    def _encode(self, frames: Tensor, lengths: Tensor, carry: State) -> tuple[Tensor, State]:
         # Packed, so that the backward pass starts at each sequence's own end.
         packed = pack_padded_sequence(frames, lengths.cpu(), batch_first=True, enforce_sorted=False)
-        return pad_packed_sequence(self.rnn(packed)[0], batch_first=True, total_length=frames.shape[1])[0]
+        return pad_packed_sequence(self.rnn(packed)[0], batch_first=True, total_length=frames.shape[1])[0], None

@@ -15,6 +15,7 @@ from pyro_seq.infer.posterior import UNBIASED, Moments, Posterior
 from pyro_seq.infer.run import Stopwatch, entered, refuse_scaled
 from pyro_seq.infer.smc.population import Population
 from pyro_seq.infer.smc.record import Record, values_of
+from pyro_seq.infer.smc.stream import ParticleStream
 from pyro_seq.module import require_count, require_guide, require_model
 from pyro_seq.resampling import Ancestral, systematic
 from pyro_seq.sequences import Sequences
@@ -87,6 +88,14 @@ class ParticleFilter:
         guide = PriorGuide(self.model) if self.guide is None else self.guide
         return entered(self.model, guide, sequences, lambda values: self._run(guide, sequences, values, watch))
 
+    def stream(self) -> ParticleStream:
+        """A filter for data as it comes, in constant memory."""
+        return ParticleStream(self)
+
+    def population(self) -> Population:
+        """What happens to the particles between steps."""
+        return Population(Ancestral(systematic), self.ess_threshold)
+
     def measured(self, step: Step) -> dict[str, tuple[Tensor, Tensor | None]]:
         """By latent site, what each particle says of it, ``(rows, ...)``: a value, and a variance about it if it has one."""
         return values_of(step)
@@ -94,7 +103,7 @@ class ParticleFilter:
     def _run(self, guide: Any, sequences: Sequences, parameters: dict[str, Tensor], watch: Stopwatch) -> Posterior:
         runs, batch, particles = self.num_runs, sequences.num_sequences, self.num_particles
         repeated = sequences.repeat(runs)
-        population = Population(Ancestral(systematic), self.ess_threshold)
+        population = self.population()
         record = Record(repeated.packed, particles, self.measured, self.history)
         steps = forward(self.model, guide, repeated, particles, between=population.between)
         for step in tqdm(steps, total=sequences.num_steps, disable=not self.progress, desc="particle filter"):

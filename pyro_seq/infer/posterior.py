@@ -19,7 +19,7 @@ from pyro_seq.sequences import Frame, Sequences
 if TYPE_CHECKING:
     from pyro_seq.infer.residuals import Residuals
 
-__all__ = ["EXACT", "LOWER_BOUND", "UNBIASED", "Draws", "Moments", "Posterior"]
+__all__ = ["EXACT", "LOWER_BOUND", "UNBIASED", "Draws", "Moments", "Posterior", "draw_future"]
 
 EXACT = "exact"
 UNBIASED = "log of an unbiased estimate"
@@ -212,26 +212,8 @@ class Posterior:
         require_count("num_samples", num_samples, 1)
         if self.final_state is None or self.model is None:
             raise ValueError(f"{self.method} cannot predict: its model runs on the data it was given")
-        batch, lengths, device = self.sequences.num_sequences, self.sequences.lengths, self.sequences.device
-        future = Sequences.of(None, [horizon] * batch, covariates=covariates)
-        self.model.check_inputs(future)
-        sequence = torch.arange(batch, device=device).repeat_interleave(num_samples)
-        frames = (Frame(lengths[sequence] + h, batch * num_samples, {},
-                        {k: v[:, h - 1].to(device)[sequence] for k, v in future.covariates.items()}, False, sequence,
-                        False, {}, device) for h in range(1, horizon + 1))
-        drawn: dict[str, list[Tensor]] = {}
-
-        def draw() -> Mapping[str, Moments]:
-            for sites, _ in propagate(self.model, self.final_state(num_samples), frames):
-                for name, site in sites.items():
-                    drawn.setdefault(name, []).append(site.value.unflatten(0, (batch, num_samples)))
-            exact = {} if self.forecast_moments is None else self.forecast_moments(future)
-            return {name: exact[name] for name in drawn if name in exact}
-
-        with torch.no_grad(), own_parameters(self.model):
-            moments = self.model.within(draw, globals=self.parameters)
-        return Draws({name: torch.stack(parts, 2).transpose(0, 1) for name, parts in drawn.items()},
-                     lengths.cpu()[:, None] + torch.arange(1, horizon + 1, device="cpu"), moments, self.sequences)
+        return draw_future(self.model, self.parameters, self.final_state, self.sequences.lengths, horizon, num_samples,
+                           covariates, self.forecast_moments, self.sequences)
 
     def residuals(self, num_particles: int = 2000) -> Residuals:
         """One-step-ahead prediction errors and probability integral transforms of the data: is the model right?
@@ -281,6 +263,36 @@ class Posterior:
         if site not in found:
             raise ValueError(f"no latent site {site!r}; there are {sorted(found)}")
         return found[site]
+
+
+def draw_future(model: Any, parameters: Mapping[str, Tensor], final_state: Callable[[int], State], lengths: Tensor,
+                horizon: int, num_samples: int, covariates: Mapping[str, Any],
+                forecast_moments: Callable[[Sequences], Mapping[str, Moments]] | None = None, sequences: Sequences | None = None
+                ) -> Draws:
+    """Run the model on from draws of its last state; the arguments are as for :meth:`Posterior.predict` and in its fields.
+
+    :param lengths: ``(B,)`` frames that each sequence has had.
+    """
+    batch, device = len(lengths), lengths.device
+    future = Sequences.of(None, [horizon] * batch, covariates=covariates)
+    model.check_inputs(future)
+    sequence = torch.arange(batch, device=device).repeat_interleave(num_samples)
+    frames = (Frame(lengths[sequence] + h, batch * num_samples, {},
+                    {k: v[:, h - 1].to(device)[sequence] for k, v in future.covariates.items()}, False, sequence,
+                    False, {}, device) for h in range(1, horizon + 1))
+    drawn: dict[str, list[Tensor]] = {}
+
+    def draw() -> Mapping[str, Moments]:
+        for sites, _ in propagate(model, final_state(num_samples), frames):
+            for name, site in sites.items():
+                drawn.setdefault(name, []).append(site.value.unflatten(0, (batch, num_samples)))
+        exact = {} if forecast_moments is None else forecast_moments(future)
+        return {name: exact[name] for name in drawn if name in exact}
+
+    with torch.no_grad(), own_parameters(model):
+        moments = model.within(draw, globals=parameters)
+    return Draws({name: torch.stack(parts, 2).transpose(0, 1) for name, parts in drawn.items()},
+                 lengths.cpu()[:, None] + torch.arange(1, horizon + 1, device="cpu"), moments, sequences)
 
 
 def _check_levels(q: float | list[float]) -> None:

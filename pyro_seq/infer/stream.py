@@ -15,7 +15,7 @@ from pyro_seq.infer.support import Support, read_support
 from pyro_seq.module import own_parameters
 from pyro_seq.sequences import Frame, Sequences
 
-__all__ = ["Filtered", "Stream", "floating_type"]
+__all__ = ["Filtered", "Stream", "floating_type", "one_frame"]
 
 
 class Filtered(NamedTuple):
@@ -68,12 +68,7 @@ class Stream:
         :param covariates: of this frame, ``(B, ...)`` each.
         :raises ValueError: if the frame is impossible; the stream is then as it was before.
         """
-        frames = {k: _one_step(v) for k, v in x.items()} if isinstance(x, Mapping) else _one_step(x)
-        if isinstance(mask, Mapping):
-            mask = {k: _one_step(v) for k, v in mask.items()}
-        elif mask is not None:
-            mask = _one_step(mask)
-        sequences = Sequences.of(frames, mask=mask, covariates={k: _one_step(v) for k, v in covariates.items()})
+        sequences = one_frame(x, mask, covariates)
         if self._log_probabilities is not None and sequences.num_sequences != len(self._log_probabilities):
             raise ValueError(f"the frame at time {self.time + 1} holds {sequences.num_sequences} sequences and the ones before "
                              f"{len(self._log_probabilities)}: a stream is fed one frame (B, ...) of the same sequences")
@@ -107,6 +102,16 @@ class Stream:
         self._log_probabilities = joint - log_predictive[:, None]
         probabilities = self._log_probabilities.exp().to(floating_type(model, sequences))
         return Filtered({name: support.marginal(probabilities, name) for name in support.values}, log_predictive)
+
+
+def one_frame(x: Any, mask: Any, covariates: Mapping[str, Any]) -> Sequences:
+    """One frame ``(B, ...)`` of every sequence, as sequences of length one."""
+    frames = {k: _one_step(v) for k, v in x.items()} if isinstance(x, Mapping) else _one_step(x)
+    if isinstance(mask, Mapping):
+        mask = {k: _one_step(v) for k, v in mask.items()}
+    elif mask is not None:
+        mask = _one_step(mask)
+    return Sequences.of(frames, mask=mask, covariates={k: _one_step(v) for k, v in covariates.items()})
 
 
 def _one_step(value: Any) -> Tensor:

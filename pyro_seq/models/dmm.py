@@ -13,6 +13,7 @@ from torch.nn.functional import softplus
 from pyro_seq.guide import SequentialGuide
 from pyro_seq.model import SequentialModel, StateSpaceModel
 from pyro_seq.models.layers import Emission, Framed, GatedResidual, NormalHead, backward_rnn, mlp, require_sizes
+from pyro_seq.sequences import Sequences
 
 __all__ = ["AugmentedDeepMarkovModel", "DeepMarkovModel", "StructuredInference"]
 
@@ -187,6 +188,9 @@ class StructuredInference(SequentialGuide):
         if self.right is not None:
             parts.append(backward_rnn(self.right, x, lengths))
         return sum(parts)
+
+    def stream_rows(self, sequences: Sequences, carry: Any) -> tuple[Tensor, Any]:
+        return self.left(sequences.x["x"].nan_to_num(), carry)
 
     def step(self, state: Any, x: Tensor, encoding: Tensor) -> None:
         z, *prior = self.model.prior(state, len(x))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pyro_seq.guide import SequentialGuide
 from pyro_seq.model import SequentialModel
 from pyro_seq.models.layers import Emission, Framed, GatedResidual, NormalHead, require_sizes
+from pyro_seq.sequences import Sequences
 
 __all__ = ["VRNN", "VRNNInference"]
 
@@ -93,6 +94,9 @@ class VRNNInference(SequentialGuide):
 
     def prepare(self, x: Tensor, lengths: Tensor) -> Tensor:
         return self.model.embed_x(x)
+
+    def stream_rows(self, sequences: Sequences, carry: Any) -> tuple[Tensor, None]:
+        return self.prepare_rows(sequences), None
 
     def step(self, h: Tensor, encoding: Tensor) -> None:
         features = self.features(torch.cat([encoding, h], -1))
