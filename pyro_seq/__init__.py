@@ -1,6 +1,6 @@
 """Sequential latent variable models for Pyro: declare one step once, infer it in any way."""
 
-from pyro_seq import data, flows, models, plot
+from pyro_seq import data, flows, models, plot, resampling
 from pyro_seq.fit.evaluate import evaluate
 from pyro_seq.fit.train import fit, restore
 from pyro_seq.from_pyro import from_pyro
@@ -75,6 +75,7 @@ __all__ = [
     "models",
     "plot",
     "reconstruct",
+    "resampling",
     "restore",
 ]
 

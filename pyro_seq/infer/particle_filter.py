@@ -11,13 +11,14 @@ from tqdm import tqdm
 
 from pyro_seq.engine.loop import Step, forward
 from pyro_seq.guide import PriorGuide
-from pyro_seq.infer.posterior import UNBIASED, Moments, Posterior
+from pyro_seq.infer.posterior import BIASED, UNBIASED, Moments, Posterior
 from pyro_seq.infer.run import Stopwatch, entered, refuse_scaled
 from pyro_seq.infer.smc.population import Population
 from pyro_seq.infer.smc.record import Record, values_of
 from pyro_seq.infer.smc.stream import ParticleStream
 from pyro_seq.module import require_count, require_guide, require_model
-from pyro_seq.resampling import Ancestral, systematic
+from pyro_seq.resampling import Resampler, resolve
+from pyro_seq.resampling.ancestral import Scheme
 from pyro_seq.sequences import Sequences
 
 __all__ = ["ParticleFilter"]
@@ -27,17 +28,18 @@ class ParticleFilter:
     r"""Sequential importance sampling with resampling, for any declared model.
 
     Every sequence of the batch has its own particles, weights and ancestors. Particles are proposed from ``guide``, or
-    from the model's prior (the bootstrap filter), and resampled systematically *before* a step, whenever the effective
-    sample size has fallen below ``ess_threshold * num_particles``. The evidence estimate
+    from the model's prior (the bootstrap filter), and resampled *before* a step, whenever the effective sample size has
+    fallen below ``ess_threshold * num_particles``. The evidence estimate
 
     .. math:: \hat p(x_{1:T}) = \prod_t \sum_i W_{t-1}^i \, w_t^i
 
-    is unbiased; its logarithm is biased low.
+    is unbiased, unless ``resampling`` is not; its logarithm is biased low.
 
     :param model: a declared model.
     :param int num_particles: N.
     :param guide: a sequential guide; any guide of the library, AVF included.
     :param float ess_threshold: 0 never resamples, 1 always does.
+    :param resampling: a name, such as ``'systematic'``, or a :class:`~pyro_seq.resampling.Resampler`.
     :param int num_runs: independent filters; their average is returned, and their spread is its standard error.
     :param bool history: keep all particles and ancestors, ``T`` times the memory, for quantiles and trajectories.
     :param bool progress: show a progress bar.
@@ -63,7 +65,8 @@ class ParticleFilter:
     """
 
     def __init__(self, model: Any, num_particles: int = 1000, *, guide: Any = None, ess_threshold: float = 0.5,
-                 num_runs: int = 1, history: bool = False, progress: bool = False):
+                 resampling: str | Scheme | Resampler = "systematic", num_runs: int = 1, history: bool = False,
+                 progress: bool = False):
         require_model(model, "ParticleFilter")
         require_count("num_particles", num_particles, 1)
         require_count("num_runs", num_runs, 1)
@@ -71,6 +74,10 @@ class ParticleFilter:
             raise ValueError(f"ess_threshold={ess_threshold}; it is a share of the particles, from 0 (never resample) to 1")
         if guide is not None:
             require_guide(guide, model, "ParticleFilter")
+        self.resampler = resolve(resampling)
+        if model.state_grows and not self.resampler.ancestral:
+            raise ValueError(f"{type(self.resampler).__name__} mixes the particles' states, and the state of a from_pyro model "
+                             "is its path: use a resampling by ancestors, such as 'systematic'")
         self.model, self.guide, self.num_particles = model, guide, num_particles
         self.ess_threshold, self.num_runs, self.history, self.progress = ess_threshold, num_runs, history, progress
 
@@ -94,7 +101,7 @@ class ParticleFilter:
 
     def population(self) -> Population:
         """What happens to the particles between steps."""
-        return Population(Ancestral(systematic), self.ess_threshold)
+        return Population(self.resampler, self.ess_threshold)
 
     def measured(self, step: Step) -> dict[str, tuple[Tensor, Tensor | None]]:
         """By latent site, what each particle says of it, ``(rows, ...)``: a value, and a variance about it if it has one."""
@@ -134,8 +141,9 @@ class ParticleFilter:
                 runs, *(1,) * (center.dim() - 1))).square()))
         kept = self.history and runs == 1
         return Posterior(
-            method="bootstrap particle filter" if self.guide is None else "guided particle filter", kind=UNBIASED,
-            log_evidence=mean, standard_error=error, sequences=sequences, seconds=watch.seconds,
+            method="bootstrap particle filter" if self.guide is None else "guided particle filter",
+            kind=UNBIASED if self.resampler.unbiased else BIASED, log_evidence=mean, standard_error=error, sequences=sequences,
+            seconds=watch.seconds,
             num_samples=particles * runs, filtered=filtered,
             log_evidence_by_step=pooled.diff(dim=-1, prepend=torch.zeros_like(pooled[:, :1])), ess=pool(record.ess()),
             parameters=parameters,

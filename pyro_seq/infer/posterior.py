@@ -19,11 +19,13 @@ from pyro_seq.sequences import Frame, Sequences
 if TYPE_CHECKING:
     from pyro_seq.infer.residuals import Residuals
 
-__all__ = ["EXACT", "LOWER_BOUND", "UNBIASED", "Draws", "Moments", "Posterior", "draw_future"]
+__all__ = ["BIASED", "EXACT", "LOWER_BOUND", "UNBIASED", "Draws", "Moments", "Posterior", "draw_future"]
 
 EXACT = "exact"
 UNBIASED = "log of an unbiased estimate"
 """Itself biased low, by about half its variance."""
+BIASED = "log of a biased estimate"
+"""Of a resampling that is not unbiased: on either side, and not to be averaged out by more runs."""
 LOWER_BOUND = "lower bound"
 
 
@@ -131,7 +133,7 @@ class Posterior:
 
     method: str
     kind: str
-    """What ``log_evidence`` is: exact, the log of an unbiased estimate, or a lower bound."""
+    """What ``log_evidence`` is: exact, the log of an unbiased or of a biased estimate, or a lower bound."""
     log_evidence: Tensor
     """``(B,)`` nats."""
     standard_error: Tensor

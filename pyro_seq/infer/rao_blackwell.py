@@ -16,6 +16,8 @@ from pyro_seq.infer.particle_filter import ParticleFilter
 from pyro_seq.infer.posterior import Posterior
 from pyro_seq.infer.run import Stopwatch, entered
 from pyro_seq.module import require_guide
+from pyro_seq.resampling import Resampler
+from pyro_seq.resampling.ancestral import Scheme
 from pyro_seq.sequences import Frame, Sequences
 
 __all__ = ["RaoBlackwellisedFilter"]
@@ -41,6 +43,7 @@ class RaoBlackwellisedFilter:
     :param guide: a sequential guide of ``model`` that samples the other latents; the state it is shown has the marginalised
         entries at their filtered means. Their prior when omitted.
     :param float ess_threshold: as for :class:`~pyro_seq.ParticleFilter`.
+    :param resampling: likewise, by ancestors.
     :param int num_runs: likewise.
     :param bool history: keep all particles, for quantiles of all latents and trajectories of those that the particles hold.
     :param bool progress: show a progress bar.
@@ -70,9 +73,13 @@ class RaoBlackwellisedFilter:
     """
 
     def __init__(self, model: Any, num_particles: int = 100, *, marginal: str | Iterable[str] | None = None, guide: Any = None,
-                 ess_threshold: float = 0.5, num_runs: int = 1, history: bool = False, progress: bool = False):
-        self._filter = _Filter(model, num_particles, ess_threshold=ess_threshold, num_runs=num_runs, history=history,
-                               progress=progress)
+                 ess_threshold: float = 0.5, resampling: str | Scheme | Resampler = "systematic", num_runs: int = 1,
+                 history: bool = False, progress: bool = False):
+        self._filter = _Filter(model, num_particles, ess_threshold=ess_threshold, resampling=resampling, num_runs=num_runs,
+                               history=history, progress=progress)
+        if not self._filter.resampler.ancestral:
+            raise ValueError(f"{type(self._filter.resampler).__name__} mixes particles, and those of a RaoBlackwellisedFilter "
+                             "are whole distributions: use a resampling by ancestors, such as 'systematic'")
         if model.state_grows:
             raise TypeError("a model from seq.from_pyro has no Markov state to filter: declare it as a StateSpaceModel")
         if guide is not None:

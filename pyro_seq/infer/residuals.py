@@ -18,7 +18,7 @@ from pyro_seq.guide import PriorGuide
 from pyro_seq.infer.posterior import Posterior
 from pyro_seq.infer.smc.population import Population
 from pyro_seq.module import own_parameters, require_count
-from pyro_seq.resampling import Ancestral, systematic
+from pyro_seq.resampling import resolve
 from pyro_seq.sequences import Sequences
 
 __all__ = ["Residuals", "one_step_ahead"]
@@ -137,7 +137,7 @@ def _exact(posterior: Posterior) -> Iterator[pd.DataFrame]:
 
 def _simulated(model: Any, sequences: Sequences, particles: int) -> Iterator[pd.DataFrame]:
     """Draws of each frame from the particles before it have seen it. Resampled at every step, they weigh the same."""
-    population = Population(Ancestral(systematic), ess_threshold=1.0)
+    population = Population(resolve("systematic"), ess_threshold=1.0)
     for step in forward(model, PriorGuide(model), sequences, particles, between=population.between):
         population.weigh(step)
         blind = step.frame._replace(x={}, observed={}, missing=False)

@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
-from pyro_seq.resampling.base import Ancestral, Resampler
-from pyro_seq.resampling.inversion import systematic
+from pyro_seq.resampling.ancestral import Ancestral, Soft, StopGradient
+from pyro_seq.resampling.base import Resampler
+from pyro_seq.resampling.inversion import multinomial, residual, stratified, systematic
+from pyro_seq.resampling.metropolis import Metropolis
+from pyro_seq.resampling.names import NAMES, resolve
+from pyro_seq.resampling.transport import OptimalTransport
 
-__all__ = ["Ancestral", "Resampler", "systematic"]
+__all__ = [
+    "NAMES",
+    "Ancestral",
+    "Metropolis",
+    "OptimalTransport",
+    "Resampler",
+    "Soft",
+    "StopGradient",
+    "multinomial",
+    "residual",
+    "resolve",
+    "stratified",
+    "systematic",
+]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,7 +10,7 @@ from torch import Tensor
 from pyro_seq.engine.state import State
 from pyro_seq.engine.weights import Weights
 
-__all__ = ["Ancestral", "Resampler", "draw_uniform"]
+__all__ = ["Resampler", "draw_uniform"]
 
 
 class Resampler(ABC):
@@ -27,6 +25,10 @@ class Resampler(ABC):
     """Whether evidence estimates stay unbiased for any number of particles."""
     differentiable: bool = False
     """Whether gradients of what comes after reach the weights."""
+    unbiased_gradient: bool = False
+    """Whether the gradient of an evidence estimate is then an unbiased estimate of the evidence's gradient."""
+    ancestral: bool = True
+    """Whether each new particle is a copy of an old one; otherwise it is a mixture of them, and has no path behind it."""
 
     @abstractmethod
     def __call__(self, weights: Weights, state: State, look_ahead: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -36,25 +38,6 @@ class Resampler(ABC):
         :param look_ahead: ``(n, N)`` log factors by which to favour particles (Pitt and Shephard, *Filtering via simulation:
             auxiliary particle filters*, 1999); the new weights make up for them.
         """
-
-
-class Ancestral(Resampler):
-    """Resampling by ancestors alone.
-
-    :param scheme: from probabilities ``(n, N)`` of sum one to ancestors ``(n, N)``, of which each particle is ``N`` times its
-        probability on average.
-    """
-
-    def __init__(self, scheme: Callable[[Tensor], Tensor], unbiased: bool = True):
-        self.scheme, self.unbiased = scheme, unbiased
-
-    def __call__(self, weights: Weights, state: State, look_ahead: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if look_ahead is None:
-            return self.scheme(weights.normalised), torch.zeros_like(weights.log)
-        log_chances = (weights.log + look_ahead).log_softmax(-1)
-        ancestors = self.scheme(log_chances.exp())
-        kept = weights.log - weights.log_mean[:, None] - log_chances - math.log(log_chances.shape[-1])
-        return ancestors, kept.gather(-1, ancestors)
 
 
 def draw_uniform(shape: int | tuple[int, ...], like: Tensor) -> Tensor:

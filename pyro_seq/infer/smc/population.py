@@ -57,7 +57,7 @@ class Population:
         self.base = torch.where(chosen, 0.0, self.base)
         stay = torch.arange(particles, device=plan.device)
         if plan.is_floating_point():
-            return (torch.where(chosen[:, None, None], plan, torch.eye(particles).to(plan)),
+            return (torch.where(chosen[:, None, None], plan, torch.eye(particles, dtype=plan.dtype, device=plan.device)),
                     torch.where(chosen[:, None], fresh, log_weights))
         return torch.where(chosen[:, None], plan, stay), torch.where(chosen[:, None], fresh, log_weights)
 

@@ -99,7 +99,10 @@ class Record:
         return sample
 
     def trajectories(self, num_samples: int) -> dict[str, Tensor]:
-        """Draws of latent paths by tracing the ancestors back."""
+        """Draws of latent paths by tracing the ancestors back.
+
+        :raises ValueError: if particles were mixed.
+        """
         counts, out = self.packed.counts, {}
         index: Tensor | None = None
         paths: dict[str, list[Tensor]] = {}
@@ -114,6 +117,9 @@ class Record:
                 if not site.observed:
                     value = site.value.reshape(count, self.particles, *site.value.shape[1:])
                     paths.setdefault(name, []).append(value[row, index].flatten(0, 1))
+            if step.ancestors is not None and step.ancestors.is_floating_point():
+                raise ValueError("particles that were mixed by a transport have no ancestors, hence no trajectories: use a "
+                                 "resampling by ancestors, such as 'systematic'")
             if step.ancestors is not None:
                 index = step.ancestors[row, index]
         for name, values in paths.items():
