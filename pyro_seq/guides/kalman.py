@@ -81,7 +81,7 @@ class KalmanGuide(SequentialGuide):
         return self.__dict__["_layout"]
 
     def propose(self, state: State, frame: Frame, encoding: Any, emit: PyroSites | None = None) -> Proposal:
-        noise, factor, prior = self._given_frame(state, frame)
+        noise, factor, prior, _ = self._given_frame(state, frame)
         drawn: dict[str, tuple[Distribution, Tensor]] = {}
         before = noise.new_zeros(frame.rows, 0)
         for name, where in self.layout.columns().items():
@@ -102,9 +102,13 @@ class KalmanGuide(SequentialGuide):
                 before = torch.cat([before, torch.linalg.solve_triangular(tril, apart, upper=False)[..., 0].double()], -1)
         return DrawnSites(type(self).__name__, drawn)
 
-    def _given_frame(self, state: State, frame: Frame) -> tuple[Tensor, Tensor, Distribution]:
+    def look_ahead(self, state: State, frame: Frame, encoding: Any) -> Tensor:
+        """``(rows,)`` log density of the frame under its Gaussian approximation given each particle's state."""
+        return self._given_frame(state, frame)[-1]
+
+    def _given_frame(self, state: State, frame: Frame) -> tuple[Tensor, Tensor, Distribution, Tensor]:
         """Of the latents' noise given the frame, in float64: the mean ``(rows, Z)`` and a triangular root ``(rows, Z, Z)`` of
-        the covariance; and the prior of the first latent."""
+        the covariance; the prior of the first latent; and the log density ``(rows,)`` of the frame."""
         rows, width = frame.rows, self.layout.latent_width
         zero = torch.zeros(rows, width, dtype=torch.float64, device=frame.device)
         identity = torch.eye(width, dtype=zero.dtype, device=frame.device).expand(rows, -1, -1)
@@ -143,7 +147,7 @@ class KalmanGuide(SequentialGuide):
             raise ValueError(f"the predictive covariance of the data at time {frame.t}, given a particle of "
                              f"{type(self.model).__name__}, is not positive definite: give the emission a positive scale, and "
                              "look for a state that has diverged")
-        return found.mean, factor, prior
+        return found.mean, factor, prior, found.log_density
 
     def _prior(self, state: State, frame: Frame, name: str, values: dict[str, Tensor]) -> Distribution:
         """The model's distribution of a latent, given the ones before it."""
