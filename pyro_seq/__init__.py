@@ -6,8 +6,10 @@ from pyro_seq.fit.train import fit, restore
 from pyro_seq.from_pyro import from_pyro
 from pyro_seq.guide import PriorGuide, SequentialGuide
 from pyro_seq.guides.avf import AmortizedVariationalFilter
+from pyro_seq.guides.enumerated import EnumeratedGuide
 from pyro_seq.guides.kalman import KalmanGuide
 from pyro_seq.guides.recurrent import FilteringGuide, SmoothingGuide
+from pyro_seq.infer.auxiliary_filter import AuxiliaryParticleFilter
 from pyro_seq.infer.backtest import backtest
 from pyro_seq.infer.by_step import elbo_by_step, reconstruct
 from pyro_seq.infer.compare import compare
@@ -35,7 +37,9 @@ from pyro_seq.sequences import Sequences
 __all__ = [
     "AmortizedVariationalFilter",
     "AutoregressiveModel",
+    "AuxiliaryParticleFilter",
     "EnsembleKalmanFilter",
+    "EnumeratedGuide",
     "Estimates",
     "ExactLikelihood",
     "ExtendedKalmanFilter",

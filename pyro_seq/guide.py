@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pyro import poutine
@@ -55,6 +55,9 @@ class SequentialGuide(SequentialModule):
     """Whether proposals need the prior that they are given; if not, a loop that only draws need not compute it."""
     greedy = False
     """Whether each step's latents are trained on that step alone, the future not reaching back through the state."""
+    look_ahead: Callable[[State, Frame, Any], Tensor] | None = None
+    """Optional method: given the states, the frame to come and its encoding, its log predictive density ``(rows,)`` or an
+    approximation of it, by which :class:`~pyro_seq.AuxiliaryParticleFilter` resamples. Exact in a locally optimal guide."""
 
     @property
     def reads_future(self) -> bool:

@@ -21,8 +21,8 @@ from pyro_seq.engine.sites import Site, StepSites, draw
 from pyro_seq.engine.state import State, by_step, check_state, leaves, map_state
 from pyro_seq.sequences import Frame, Sequences, first_rows, repeat_rows
 
-__all__ = ["Between", "Checked", "Step", "Window", "advance", "forward", "propagate", "same_latents", "simulate",
-           "weighted_step"]
+__all__ = ["Between", "Checked", "Step", "Window", "advance", "forward", "propagate", "refuse_scaled", "same_latents",
+           "simulate", "weighted_step"]
 
 Between = Callable[[Frame, State, Any, Tensor], tuple[Tensor | None, Tensor]]
 """Called before step ``t >= 2`` with the frame to come, the states, the guide's encoding of the frame and the log weights
@@ -264,6 +264,14 @@ def check_shape_of_step(model: Any, observed: set[str], latent: set[str], before
     if versions != [leaf._version for leaf in leaves(before)]:
         raise ValueError(f"the step of {name} changes its state in place (as in h += 1): return a new tensor, h = h + 1, since "
                          "the old one is still needed")
+
+
+def refuse_scaled(model: Any, step: Step) -> None:
+    """Raise if a site of the step stands under ``poutine.scale``: the weights would be those of another model."""
+    for name, site in step.sites.items():
+        if isinstance(site.scale, Tensor) or site.scale != 1.0:
+            raise ValueError(f"site {name!r} of {type(model).__name__} stands under poutine.scale, which would change the "
+                             "evidence: take it out of the step; to anneal training, use SequentialELBO(kl_weight=...)")
 
 
 def check_not_nan(model: Any, after: State) -> None:

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any
 
-import pyro
 import torch
-from pyro.distributions import MultivariateNormal, Normal, TransformedDistribution
 from torch import Tensor
-from torch.distributions import Distribution, ReshapeTransform
+from torch.distributions import Distribution
 
-from pyro_seq.engine.gaussian import condition, root, semidefinite_root
+from pyro_seq.engine.gaussian import Conditioned, condition, semidefinite_root
 from pyro_seq.engine.jacobian import jacobian
-from pyro_seq.engine.noise import Data, Layout, NoisySites, repeat_frame
+from pyro_seq.engine.noise import Data, NoisySites, repeat_frame
 from pyro_seq.engine.sigma_points import SigmaPoints
-from pyro_seq.engine.sites import LatentsDrawn, Proposal, PyroSites, StepSites
 from pyro_seq.engine.state import State, map_state
-from pyro_seq.guide import DrawnSites, SequentialGuide
+from pyro_seq.guides.noise import NoiseGuide
 from pyro_seq.module import require_model
-from pyro_seq.sequences import Frame, Sequences, repeat_rows
+from pyro_seq.sequences import Frame, repeat_rows
 
 __all__ = ["KalmanGuide"]
 
 
-class KalmanGuide(SequentialGuide):
+class KalmanGuide(NoiseGuide):
     r"""The approximation of the locally optimal proposal :math:`p(z_t \mid z_{t-1}, x_t)` by a Gaussian, without training.
 
     For each particle the emission is linearised about the mean of the step's prior (``"extended"``) or put through sigma points
@@ -71,45 +67,19 @@ class KalmanGuide(SequentialGuide):
         self.kind = kind
         self.points = SigmaPoints()
 
-    def prepare_rows(self, sequences: Sequences) -> None:
-        frame = sequences.frame(1)
-        self.__dict__["_layout"] = Layout.of(self.model, self.model.begin(frame), frame)
+    def look_ahead(self, state: State, frame: Frame, encoding: Any) -> Tensor:
+        """``(rows,)`` log density of the frame under its Gaussian approximation given each particle's state."""
+        return self._given_frame(state, frame)[0].log_density
 
-    def stream_rows(self, sequences: Sequences, carry: State) -> tuple[None, None]:
-        if "_layout" not in self.__dict__:
-            self.prepare_rows(sequences)
-        return None, None
+    def noise(self, state: State, frame: Frame, encoding: Any) -> tuple[Tensor, Tensor, Distribution]:
+        found, prior = self._given_frame(state, frame)
+        factor, failed = semidefinite_root(found.covariance)
+        if bool(failed.any()):
+            raise self._not_positive(frame)
+        return found.mean, factor, prior
 
-    @property
-    def layout(self) -> Layout:
-        """The sites of the model's step, looked up as each run begins."""
-        return self.__dict__["_layout"]
-
-    def propose(self, state: State, frame: Frame, encoding: Any, emit: PyroSites | None = None) -> Proposal:
-        noise, factor, prior = self._given_frame(state, frame)
-        drawn: dict[str, tuple[Distribution, Tensor]] = {}
-        before = noise.new_zeros(frame.rows, 0)
-        for name, where in self.layout.columns().items():
-            if name in self.layout.observed:
-                break
-            if drawn:
-                prior = self._prior(state, frame, name, {k: value for k, (_, value) in drawn.items()})
-            # Given what has been drawn of the noise already.
-            mean = noise[:, where] + (factor[:, where, :where.start] @ before[..., None])[..., 0]
-            spread, dtype = root(prior), prior.mean.dtype
-            loc = prior.mean.reshape(frame.rows, -1) + (spread @ mean.to(dtype)[..., None])[..., 0]
-            tril = spread @ factor[:, where, where].to(dtype)
-            with StepSites(frame) if emit is None else emit as sites:
-                value = pyro.sample(name, _gaussian(loc, tril, prior.event_shape))
-            drawn[name] = (sites.sites[name].p, value) if emit is None else sites.drawn[name]
-            if len(self.layout.latents) > 1:
-                apart = (value.reshape(frame.rows, -1) - loc)[..., None]
-                before = torch.cat([before, torch.linalg.solve_triangular(tril, apart, upper=False)[..., 0].double()], -1)
-        return DrawnSites(type(self).__name__, drawn)
-
-    def _given_frame(self, state: State, frame: Frame) -> tuple[Tensor, Tensor, Distribution]:
-        """Of the latents' noise given the frame, in float64: the mean ``(rows, Z)`` and a triangular root ``(rows, Z, Z)`` of
-        the covariance; and the prior of the first latent."""
+    def _given_frame(self, state: State, frame: Frame) -> tuple[Conditioned, Distribution]:
+        """The latents' noise given the frame, and the prior of the first latent."""
         rows, width = frame.rows, self.layout.latent_width
         zero = torch.zeros(rows, width, dtype=torch.float64, device=frame.device)
         identity = torch.eye(width, dtype=zero.dtype, device=frame.device).expand(rows, -1, -1)
@@ -119,7 +89,7 @@ class KalmanGuide(SequentialGuide):
         def run(noise: Tensor) -> Data:
             nonlocal sites, data
             k = len(noise) // rows
-            sites = self._sites(repeat_frame(frame, k), noise)
+            sites = self.sites(repeat_frame(frame, k), noise)
             with sites:
                 self.model.apply(map_state(lambda leaf: repeat_rows(leaf, k), state), sites.frame)
             data = Data.of([site for site in sites.sites.values() if site.observed], rows * k, frame.device)
@@ -139,33 +109,15 @@ class KalmanGuide(SequentialGuide):
             joint, covariance = weights.mean(both), weights.covariance(both)
             spread = weights.mean(data.covariance.reshape(n, k, *data.covariance.shape[1:]))
             value, present = (v.reshape(n, k, -1)[:, 0] for v in (data.value, data.present))
-            prior = self._prior(state, frame, next(iter(self.layout.latents)), {})
+            prior = self.prior(state, frame, next(iter(self.layout.latents)), {})
         if not torch.is_grad_enabled():
             spread = spread.detach()
         found = condition(joint, covariance, spread, value, present)
-        factor, failed = semidefinite_root(found.covariance)
-        if bool((found.failed | failed | ~found.log_density.isfinite()).any()):
-            raise ValueError(f"the predictive covariance of the data at time {frame.t}, given a particle of "
-                             f"{type(self.model).__name__}, is not positive definite: give the emission a positive scale, and "
-                             "look for a state that has diverged")
-        return found.mean, factor, prior
+        if bool((found.failed | ~found.log_density.isfinite()).any()):
+            raise self._not_positive(frame)
+        return found, prior
 
-    def _prior(self, state: State, frame: Frame, name: str, values: dict[str, Tensor]) -> Distribution:
-        """The model's distribution of a latent, given the ones before it."""
-        zero = torch.zeros(frame.rows, self.layout.latent_width + self.layout.data_width, device=frame.device)
-        with suppress(LatentsDrawn), self._sites(frame, zero, values, len(values) + 1) as sites:
-            self.model.apply(state, frame)
-        return sites.sites[name].p
-
-    def _sites(self, frame: Frame, noise: Tensor, values: dict[str, Tensor] | None = None, stop_after: int | None = None
-               ) -> NoisySites:
-        where = f"{type(self.model).__name__} at time {frame.t}"
-        return NoisySites(frame, self.layout.noise(noise, where), False, values, stop_after)
-
-
-def _gaussian(loc: Tensor, tril: Tensor, shape: torch.Size) -> Distribution:
-    """A Gaussian over the entries of an event of any shape."""
-    if not shape:
-        return Normal(loc[:, 0], tril[:, 0, 0])
-    joint = MultivariateNormal(loc, scale_tril=tril)
-    return joint if len(shape) == 1 else TransformedDistribution(joint, [ReshapeTransform(loc.shape[-1:], shape)])
+    def _not_positive(self, frame: Frame) -> ValueError:
+        return ValueError(f"the predictive covariance of the data at time {frame.t}, given a particle of "
+                          f"{type(self.model).__name__}, is not positive definite: give the emission a positive scale, and "
+                          "look for a state that has diverged")

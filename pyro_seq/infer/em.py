@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_seq.engine.state import leaves
+from pyro_seq.engine.support import read_support
 from pyro_seq.infer.chain import log_evidence
 from pyro_seq.infer.enumerate import Tables, read_tables
 from pyro_seq.infer.estimates import Estimates, Parameters, estimates_at, refuse_unfit
@@ -30,7 +31,6 @@ from pyro_seq.infer.linear_gaussian import Joint
 from pyro_seq.infer.marginal import unchecked
 from pyro_seq.infer.quasi_newton import maximise
 from pyro_seq.infer.run import entered
-from pyro_seq.infer.support import read_support
 from pyro_seq.module import require_count
 from pyro_seq.sequences import Sequences
 

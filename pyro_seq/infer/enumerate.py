@@ -15,17 +15,13 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-from pyro.distributions.util import scale_and_mask
 from torch import Tensor
-from torch.distributions import Bernoulli, Categorical, Distribution, Independent
 
-from pyro_seq.engine.families import log_density
-from pyro_seq.engine.gaussian import innermost
-from pyro_seq.engine.loop import Checked, check_step
-from pyro_seq.engine.reads import another
+from pyro_seq.engine.enumerated import check_latents, latent_log_p, observed_log_p, run_step, same
+from pyro_seq.engine.loop import Checked
 from pyro_seq.engine.sites import LatentsDrawn, Site, StepSites
 from pyro_seq.engine.state import State, leaves, map_state
-from pyro_seq.infer.support import Support
+from pyro_seq.engine.support import Support
 from pyro_seq.model import StateSpaceModel
 from pyro_seq.module import accepted
 from pyro_seq.sequences import Frame, Packed, Sequences, first_rows, repeat_rows
@@ -82,7 +78,7 @@ class _Whole:
         _, after = self._run(map_state(lambda leaf: repeat_rows(leaf, k), self.states), self.alone.flat(2, 2, k * k),
                              self.support.rows(k))
         again = map_state(lambda leaf: leaf.repeat(k, *(1,) * (leaf.dim() - 1)), self.states)
-        return all(bool(_same(a, b).all()) for a, b in zip(leaves(after), leaves(again), strict=True))
+        return all(bool(same(a, b).all()) for a, b in zip(leaves(after), leaves(again), strict=True))
 
     def tables(self) -> Tables:
         packed, model, steps = self.packed, self.model, len(self.packed.counts)
@@ -131,12 +127,12 @@ class _Whole:
         values[support.last] = last[:1].expand(frame.rows, *last.shape[1:])
         with suppress(LatentsDrawn):
             sites, _ = self._run(before, frame, values)
-        _check_latents(self.model, support, sites)
+        check_latents(self.model, support, sites)
         site = sites[support.last]
         every = last[:, None].expand(len(last), frame.rows, *last.shape[1:])
-        total = _log_p(site, every).transpose(0, 1)
+        total = latent_log_p(site, every).transpose(0, 1)
         for name in support.prefix:
-            total = total + _log_p(sites[name], sites[name].value)[:, None]
+            total = total + latent_log_p(sites[name], sites[name].value)[:, None]
         return total.reshape(-1, support.num_states)
 
     @staticmethod
@@ -155,7 +151,7 @@ class _Whole:
         states = map_state(lambda leaf: leaf.repeat(times, *(1,) * (leaf.dim() - 1)), self.states)
         with StepSites(frame) as step:
             self.model.apply_emission(states, frame)
-        return _observed(step, frame)
+        return observed_log_p(step.sites, frame)
 
 
 def _step_by_step(model: Any, sequences: Sequences, support: Support) -> tuple[Tables, State]:
@@ -182,7 +178,7 @@ def _step_by_step(model: Any, sequences: Sequences, support: Support) -> tuple[T
 
 def first_step(model: Any, support: Support, frame: Frame) -> tuple[Tensor, Tensor, State]:
     """The first step on rows ``(n, K)``: ``(n, K)`` log pi, ``(n, K)`` log g, and the state of each row."""
-    latent, observed, state = _run_step(model, support, model.begin(frame), frame)
+    latent, observed, state = run_step(model, support, model.begin(frame), frame)
     return latent.reshape(-1, support.num_states), observed.reshape(-1, support.num_states), state
 
 
@@ -193,7 +189,7 @@ def later_step(model: Any, support: Support, state: State, frame: Frame) -> tupl
     :raises ValueError: if the state that the step leaves depends on the state before.
     """
     k = support.num_states
-    latent, observed, after = _run_step(model, support, map_state(lambda leaf: repeat_rows(leaf, k), state), frame)
+    latent, observed, after = run_step(model, support, map_state(lambda leaf: repeat_rows(leaf, k), state), frame)
     latent, observed = latent.reshape(-1, k, k), observed.reshape(-1, k, k)
     likeliest = latent.detach().argmax(1)  # of the states before: impossible ones may have left anything
 
@@ -201,7 +197,7 @@ def later_step(model: Any, support: Support, state: State, frame: Frame) -> tupl
         pairs = leaf.reshape(-1, k, k, *leaf.shape[1:])
         index = likeliest.reshape(-1, 1, k, *(1,) * (leaf.dim() - 1)).expand(-1, 1, k, *leaf.shape[1:])
         one = pairs.gather(1, index)
-        differs = ~_same(pairs, one.expand_as(pairs)).reshape(*pairs.shape[:3], -1).all(-1) & (latent > -torch.inf)
+        differs = ~same(pairs, one.expand_as(pairs)).reshape(*pairs.shape[:3], -1).all(-1) & (latent > -torch.inf)
         if differs.any():
             when = f" at time {frame.t}" if isinstance(frame.t, int) else ""
             raise ValueError(
@@ -215,98 +211,6 @@ def later_step(model: Any, support: Support, state: State, frame: Frame) -> tupl
     shift = observed.detach().amax(1)
     shift = torch.where(shift > -torch.inf, shift, 0.0)
     return latent + observed - shift[:, None], shift, after
-
-
-def _run_step(model: Any, support: Support, state: State, frame: Frame) -> tuple[Tensor, Tensor, State]:
-    """One whole step with every latent given: log p of the latents, of the data, and the state, a row each."""
-    values = support.rows(frame.rows // support.num_states)
-    versions = [leaf._version for leaf in leaves(state)]
-    with StepSites(frame, values=values) as step:
-        after = model.apply(state, frame)
-    _check_latents(model, support, step.latents)
-    check_step(model, step.sites, state, after, frame, versions)
-    latent = sum(_log_p(site, site.value) for site in step.latents.values())
-    observed = _observed(step, frame)
-    gaps = {name: site for name, site in step.sites.items() if site.present is not None}
-    if gaps:
-        _refuse_read_gaps(model, state, frame, values, gaps, (latent, observed, *leaves(after)))
-    return latent, observed, after
-
-
-def _refuse_read_gaps(model: Any, state: State, frame: Frame, values: dict[str, Tensor], gaps: dict[str, Site],
-                      found: tuple[Tensor, ...]) -> None:
-    """Raise if other values in the gaps change anything: then these would have to be integrated over."""
-    devices = [frame.device] if frame.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad():
-        others = {name: another(site.p, site.value) for name, site in gaps.items()}
-        with StepSites(frame, values={**values, **others}) as step:
-            after = model.apply(state, frame)
-        latent = sum(_log_p(site, site.value) for site in step.latents.values())
-        again = (latent, _observed(step, frame), *leaves(after))
-    if not all(bool(_same(a, b).all()) for a, b in zip(found, again, strict=True)):
-        when = f" at time {frame.t}" if isinstance(frame.t, int) else ""
-        raise ValueError(f"the data of site {sorted(gaps)} is missing{when} and {type(model).__name__} reads it: what it "
-                         "would have been is not one of finitely many values, so the answer would not be exact. Use "
-                         "ParticleFilter, which draws it, or fill the gaps first")
-
-
-def _observed(step: StepSites, frame: Frame) -> Tensor:
-    """``(rows,)`` log density of the observed sites."""
-    total: Tensor | None = None
-    for name, site in step.sites.items():
-        if not site.observed:
-            continue
-        zero = _never(innermost(site.p), site.value)
-        term = site.log_p()
-        if zero is not None:
-            zero = zero if site.present is None else zero & site.present
-            term = term.masked_fill(zero.reshape(frame.rows, -1).any(-1), -torch.inf)
-        if not (term < torch.inf).all():
-            row = int((~(term < torch.inf)).nonzero()[0])
-            t = frame.t if isinstance(frame.t, int) else int(frame.t[row])
-            raise ValueError(f"the model's log density of site {name!r} is NaN or infinite at time {t} in sequence "
-                             f"{int(frame.sequence[row])}: look for a scale that is zero or negative, or for an overflow")
-        total = term if total is None else total + term
-    return total
-
-
-def _log_p(site: Site, value: Tensor) -> Tensor:
-    """Log probability of a latent; of the shape of the batch of ``value``."""
-    zero = _never(site.p, value)
-    log_prob = log_density(site.p, value)
-    if log_prob.isnan().any():
-        raise ValueError(f"the log probability of site {site.name!r} is NaN: look for logits that are all -inf, or NaN")
-    return scale_and_mask(log_prob if zero is None else log_prob.masked_fill(zero, -torch.inf), site.scale, site.mask)
-
-
-def _never(p: Distribution, value: Tensor) -> Tensor | None:
-    """Where a value has the probability zero that the user wrote. Torch never draws it, but scores it as about 1e-16, or
-    1e-7 in single precision, which a chain with forbidden transitions would notice."""
-    if isinstance(p, Independent):
-        zero = _never(p.base_dist, value)
-        return None if zero is None else zero.flatten(zero.dim() - p.reinterpreted_batch_ndims).any(-1)
-    probs = p.__dict__.get("probs")
-    if probs is None or "logits" in p.__dict__ or not isinstance(p, (Categorical, Bernoulli)):
-        return None
-    if isinstance(p, Bernoulli):
-        return torch.where(value == 1, probs, 1 - probs) == 0
-    probs = probs.expand(*value.shape, probs.shape[-1])
-    return (probs.gather(-1, value.long()[..., None]) == 0)[..., 0]
-
-
-def _check_latents(model: Any, support: Support, sites: dict[str, Site]) -> None:
-    if list(sites) != list(support.values):
-        raise ValueError(f"{type(model).__name__} samples the latent sites {list(support.values)} at the first step and "
-                         f"{list(sites)} at another: sample the same sites in the same order at every step")
-
-
-def _same(a: Tensor, b: Tensor) -> Tensor:
-    """Entries that differ by no more than rounding."""
-    if not a.is_floating_point():
-        return a == b
-    tolerance = 1e-9 if a.dtype == torch.float64 else 1e-4
-    size = torch.where(b.isfinite(), b, 0.0).abs().amax() if b.numel() else 0.0
-    return (a == b) | ((a - b).abs() <= tolerance * size) | (a.isnan() & b.isnan())
 
 
 def _names(state: State, name: str = "the state") -> list[str]:

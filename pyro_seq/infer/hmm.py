@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from pyro_seq.engine.state import State, map_state
+from pyro_seq.engine.support import Support, read_support
 from pyro_seq.infer.chain import Passes, log_evidence, sample_paths, viterbi
 from pyro_seq.infer.enumerate import read_tables
 from pyro_seq.infer.posterior import EXACT, Moments, Posterior
 from pyro_seq.infer.run import Stopwatch, entered
 from pyro_seq.infer.stream import Stream, floating_type
-from pyro_seq.infer.support import Support, read_support
 from pyro_seq.module import require_model
 from pyro_seq.sequences import Sequences
 

@@ -13,7 +13,7 @@ from pyro_seq.engine.loop import Step, forward
 from pyro_seq.guide import PriorGuide
 from pyro_seq.infer.posterior import BIASED, UNBIASED, Moments, Posterior
 from pyro_seq.infer.run import Stopwatch, entered, refuse_scaled
-from pyro_seq.infer.smc.population import Population
+from pyro_seq.infer.smc.population import LookAhead, Population
 from pyro_seq.infer.smc.record import Record, values_of
 from pyro_seq.infer.smc.stream import ParticleStream
 from pyro_seq.module import require_count, require_guide, require_model
@@ -99,18 +99,26 @@ class ParticleFilter:
         """A filter for data as it comes, in constant memory."""
         return ParticleStream(self)
 
-    def population(self) -> Population:
+    def population(self, guide: Any) -> Population:
         """What happens to the particles between steps."""
-        return Population(self.resampler, self.ess_threshold)
+        return Population(self.resampler, self.ess_threshold, self.favours(guide))
 
     def measured(self, step: Step) -> dict[str, tuple[Tensor, Tensor | None]]:
         """By latent site, what each particle says of it, ``(rows, ...)``: a value, and a variance about it if it has one."""
         return values_of(step)
 
+    def favours(self, guide: Any) -> LookAhead | None:
+        """By what particles are favoured, beside their weights, when they are resampled."""
+        return None
+
+    def described(self, population: Population) -> str:
+        """What to call the method, after its run."""
+        return "bootstrap particle filter" if self.guide is None else "guided particle filter"
+
     def _run(self, guide: Any, sequences: Sequences, parameters: dict[str, Tensor], watch: Stopwatch) -> Posterior:
         runs, batch, particles = self.num_runs, sequences.num_sequences, self.num_particles
         repeated = sequences.repeat(runs)
-        population = self.population()
+        population = self.population(guide)
         record = Record(repeated.packed, particles, self.measured, self.history)
         steps = forward(self.model, guide, repeated, particles, between=population.between)
         for step in tqdm(steps, total=sequences.num_steps, disable=not self.progress, desc="particle filter"):
@@ -141,9 +149,8 @@ class ParticleFilter:
                 runs, *(1,) * (center.dim() - 1))).square()))
         kept = self.history and runs == 1
         return Posterior(
-            method="bootstrap particle filter" if self.guide is None else "guided particle filter",
-            kind=UNBIASED if self.resampler.unbiased else BIASED, log_evidence=mean, standard_error=error, sequences=sequences,
-            seconds=watch.seconds,
+            method=self.described(population), kind=UNBIASED if self.resampler.unbiased else BIASED, log_evidence=mean,
+            standard_error=error, sequences=sequences, seconds=watch.seconds,
             num_samples=particles * runs, filtered=filtered,
             log_evidence_by_step=pooled.diff(dim=-1, prepend=torch.zeros_like(pooled[:, :1])), ess=pool(record.ess()),
             parameters=parameters,

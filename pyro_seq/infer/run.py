@@ -12,7 +12,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_seq.engine.handlers import look_around
-from pyro_seq.engine.loop import Step
+from pyro_seq.engine.loop import refuse_scaled
 from pyro_seq.module import own_parameters
 from pyro_seq.sequences import Sequences
 
@@ -55,14 +55,6 @@ def entered(model: Any, guide: Any, sequences: Sequences, fn: Callable[[dict[str
 
     with torch.set_grad_enabled(learning and torch.is_grad_enabled()), own_parameters(model, guide):
         return inside() if guide is None else guide.within(inside)
-
-
-def refuse_scaled(model: Any, step: Step) -> None:
-    """Raise if a site of the step stands under ``poutine.scale``: the weights would be those of another model."""
-    for name, site in step.sites.items():
-        if isinstance(site.scale, Tensor) or site.scale != 1.0:
-            raise ValueError(f"site {name!r} of {type(model).__name__} stands under poutine.scale, which would change the "
-                             "evidence: take it out of the step; to anneal training, use SequentialELBO(kl_weight=...)")
 
 
 def _globals(model: Any, trace: poutine.Trace, values: dict[str, Tensor]) -> dict[str, Tensor]:

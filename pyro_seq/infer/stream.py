@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from pyro_seq.engine.state import State
+from pyro_seq.engine.support import Support, read_support
 from pyro_seq.infer.enumerate import first_step, later_step
 from pyro_seq.infer.run import entered
-from pyro_seq.infer.support import Support, read_support
 from pyro_seq.module import own_parameters
 from pyro_seq.sequences import Frame, Sequences
 

@@ -37,12 +37,23 @@ class Population:
         self.weights: Weights | None = None
         self.base: Tensor | float = 0.0
         """``(n,)`` log mean weight with which the next step begins."""
+        self.adapted = True
+        """Whether each step's weights were what ``look_ahead`` said, whatever was drawn (to rounding)."""
+        self._foreseen: Tensor | float = 0.0
 
     def between(self, frame: Frame, state: State, encoding: Any, log_weights: Tensor) -> tuple[Tensor | None, Tensor]:
         """Resample the sequences that need it: the engine's :data:`~pyro_seq.engine.loop.Between`."""
-        running, particles = log_weights.shape
-        weights = self.weights.first(running)
-        looked = None if self.look_ahead is None else self.look_ahead(frame, state, encoding).reshape(log_weights.shape)
+        weights = self.weights.first(len(log_weights))
+        looked = None if self.look_ahead is None else self._favoured(frame, state, encoding, weights.log)
+        plan, after = self._resample(weights, looked, state, log_weights)
+        if looked is not None:
+            ancestral = plan is not None and not plan.is_floating_point()
+            self._foreseen = after + (looked.gather(-1, plan) if ancestral else looked)
+        return plan, after
+
+    def _resample(self, weights: Weights, looked: Tensor | None, state: State, log_weights: Tensor
+                  ) -> tuple[Tensor | None, Tensor]:
+        particles = log_weights.shape[-1]
         ess = weights.ess if looked is None else Weights.of(weights.log + looked).ess
         chosen = ess < self.ess_threshold * particles
         if self.ess_threshold == 1.0:
@@ -61,6 +72,12 @@ class Population:
                     torch.where(chosen[:, None], fresh, log_weights))
         return torch.where(chosen[:, None], plan, stay), torch.where(chosen[:, None], fresh, log_weights)
 
+    def _favoured(self, frame: Frame, state: State, encoding: Any, log_weights: Tensor) -> Tensor:
+        looked = self.look_ahead(frame, state, encoding).reshape(log_weights.shape).to(log_weights.dtype)
+        # Where nothing is left to favour, the weights of the step will say so.
+        hopeless = (log_weights + looked).amax(-1, keepdim=True) == -torch.inf
+        return torch.where(hopeless, 0.0, looked)
+
     def weigh(self, step: Step, batch: int | None = None) -> Tensor:
         """``(n,)`` log of the step's factor of the evidence.
 
@@ -71,6 +88,10 @@ class Population:
         if not highest.isfinite().all():
             raise ValueError(_not_finite(step, highest, batch))
         self.weights = Weights.of(step.log_weights)
+        if self.look_ahead is not None and self.adapted:
+            apart = step.log_weights - self._foreseen
+            rounding = torch.finfo(apart.dtype).eps**0.5 * (1 + highest.abs())
+            self.adapted = bool((apart.amax(-1) - apart.amin(-1) <= rounding).all())
         return self.weights.log_mean - self.base
 
 

@@ -207,7 +207,7 @@ class ParticleStream:
         frame = next(sequences.packed.frames(particles))._replace(t=t, first=t == 1)
         encoding, carry = self.guide.stream_rows(sequences, self._carry)
         encoding = map_state(lambda leaf: repeat_rows(leaf[:, 0], particles), encoding)
-        population = method.population()
+        population = method.population(self.guide)
         if t > 1:
             population.weights = Weights.of(self._log_weights)
         before = model.begin(frame) if t == 1 else self._state

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
-from pyro_seq.engine.loop import check_step
+from pyro_seq.engine.loop import check_step, refuse_scaled
 from pyro_seq.engine.sites import StepSites
 from pyro_seq.engine.state import State, leaves
-from pyro_seq.infer.run import refuse_scaled
 from pyro_seq.sequences import Sequences
 
 __all__ = ["Support", "read_support"]
@@ -51,9 +50,10 @@ class Support:
         return {name: v.repeat(times, *(1,) * (v.dim() - 1)) for name, v in self.joint.items()}
 
 
-def read_support(model: Any, sequences: Sequences) -> tuple[Support, bool]:
+def read_support(model: Any, sequences: Sequences, who: str = "ForwardBackward") -> tuple[Support, bool]:
     """The support of the latents, and whether the state that a step leaves is made of their very values.
 
+    :param who: takes only latents with a finite support, for messages.
     :raises ValueError: naming the site whose support cannot be enumerated.
     """
     longest = sequences.select([int(sequences.lengths.argmax())])
@@ -63,7 +63,7 @@ def read_support(model: Any, sequences: Sequences) -> tuple[Support, bool]:
         values: dict[str, Tensor] = {}
 
         def propose(name: str, p: Distribution, values: dict[str, Tensor] = values) -> tuple[None, Tensor]:
-            values[name] = _enumerate(name, p)
+            values[name] = _enumerate(name, p, who)
             return None, values[name][:1]
 
         before = model.begin(frame) if frame.first else state
@@ -89,15 +89,15 @@ def read_support(model: Any, sequences: Sequences) -> tuple[Support, bool]:
     return Support(first[0]), first[1] == last[1] and None not in first[1]
 
 
-def _enumerate(name: str, p: Distribution) -> Tensor:
+def _enumerate(name: str, p: Distribution, who: str) -> Tensor:
     """``(K, *event)``: every value of a site."""
     base = p
     while isinstance(base, Independent):
         base = base.base_dist
     kind = type(base).__name__
     if not base.has_enumerate_support:
-        raise ValueError(f"site {name!r} is {kind}, which has no finite support to enumerate: ForwardBackward takes latents "
-                         "such as Categorical and Bernoulli. Use KalmanFilter for a linear-Gaussian model, else ParticleFilter")
+        raise ValueError(f"site {name!r} is {kind}, which has no finite support to enumerate: {who} takes latents such as "
+                         "Categorical and Bernoulli. Use KalmanFilter for a linear-Gaussian model, else ParticleFilter")
     try:
         values = base.enumerate_support(expand=False).detach()
     except NotImplementedError as error:
