@@ -21,12 +21,15 @@ from pyro_seq.engine.sites import Site, StepSites, draw
 from pyro_seq.engine.state import State, by_step, check_state, leaves, map_state
 from pyro_seq.sequences import Frame, Sequences, first_rows, repeat_rows
 
-__all__ = ["Between", "Step", "Window", "forward", "propagate", "simulate", "weighted_step"]
+__all__ = ["Between", "Step", "Weigh", "Window", "forward", "propagate", "simulate", "weighted_step"]
 
 Between = Callable[[Frame, State, Any, Tensor], tuple[Tensor | None, Tensor]]
 """Called before step ``t >= 2`` with the frame to come, the states, the guide's encoding of the frame and the log weights
 ``(n, N)`` of the running sequences. Returns where the particles come from: ancestors ``(n, N)``, a transport matrix
 ``(n, N, N)``, or ``None``, each from itself; and the log weights to go on with."""
+
+Weigh = Callable[[dict[str, Site], Frame], Tensor]
+"""``(rows,)`` log weight of one step, from its sites."""
 
 
 class Step(NamedTuple):
@@ -53,11 +56,19 @@ class Window(NamedTuple):
     stop: int
     state: State = None
     """As in :class:`Step`: packed rows of at least the sequences that run at ``start``; unused at the first step."""
+    log_weights: Tensor | None = None
+    """``(n, N)`` accumulated before; ``None`` at the first step, or to begin at zero."""
 
 
 def weighted_step(model: Any, guide: Any, state: State, frame: Frame, encoding: Any
                   ) -> tuple[dict[str, Site], State, Tensor]:
     """Draw the latents from the guide, score the model's step: ``(sites, new state, (rows,) log weights)``."""
+    sites, after, _ = _scored_step(model, guide, state, frame, encoding)
+    return sites, after, step_log_weight(sites, frame)
+
+
+def _scored_step(model: Any, guide: Any, state: State, frame: Frame, encoding: Any
+                 ) -> tuple[dict[str, Site], State, Tensor | None]:
     proposal = guide.propose(state, frame, encoding)
     versions = [leaf._version for leaf in leaves(state)]
     with StepSites(frame, proposal, impute=model.missing_feeds_state) as step:
@@ -65,7 +76,7 @@ def weighted_step(model: Any, guide: Any, state: State, frame: Frame, encoding: 
     if hasattr(proposal, "check_all_used"):
         proposal.check_all_used()
     check_step(model, step.sites, state, after, frame, versions)
-    return step.sites, after, step_log_weight(step.sites, frame)
+    return step.sites, after, getattr(proposal, "auxiliary", None)
 
 
 def step_log_weight(sites: dict[str, Site], frame: Frame) -> Tensor:
@@ -82,7 +93,7 @@ def step_log_weight(sites: dict[str, Site], frame: Frame) -> Tensor:
 
 
 def forward(model: Any, guide: Any, sequences: Sequences, num_particles: int = 1, between: Between | None = None,
-            score: bool = True, window: Window | None = None) -> Iterator[Step]:
+            score: bool = True, window: Window | None = None, weigh: Weigh | None = None) -> Iterator[Step]:
     """The forward loop over a packed batch, or over a window of it.
 
     :param model: a declared model, entered.
@@ -90,15 +101,15 @@ def forward(model: Any, guide: Any, sequences: Sequences, num_particles: int = 1
     :param between: what happens between steps; nothing when omitted.
     :param score: compute weights; otherwise only draw the latents and advance the state, as cheaply as the model
         allows.
+    :param weigh: what a step's log weight is, where its value or gradient is not that of log p - log q.
     """
     model.check_inputs(sequences)
     packed = sequences.packed
-    start, stop, state = window or (1, sequences.num_steps, None)
+    start, stop, state, log_weights = window or Window(1, sequences.num_steps)
     encodings = map_state(packed.sort, guide.prepare_rows(sequences))
     if window is not None:
         encodings = map_state(lambda leaf: leaf[:, start - 1:stop], encodings)
     encodings = by_step(encodings, stop - start + 1)
-    log_weights: Tensor | None = None
     plan, checks, names = _Plan(), Checked(), None
     for frame in packed.frames(num_particles, start, stop):
         running = packed.counts[frame.t - 1]
@@ -118,8 +129,8 @@ def forward(model: Any, guide: Any, sequences: Sequences, num_particles: int = 1
         before = state
         with checks:
             if score:
-                sites, state, weight = weighted_step(model, guide, state, frame, encoding)
-                weight = weight.reshape(running, num_particles)
+                sites, state, auxiliary = _scored_step(model, guide, state, frame, encoding)
+                weight = (weigh or step_log_weight)(sites, frame).reshape(running, num_particles)
                 log_weights = weight if log_weights is None else log_weights + weight
             else:
                 sites, state, auxiliary = _draw_step(model, guide, state, frame, encoding, plan)

@@ -37,6 +37,8 @@ class Population:
         self.weights: Weights | None = None
         self.base: Tensor | float = 0.0
         """``(n,)`` log mean weight with which the next step begins."""
+        self.chosen: Tensor | None = None
+        """``(n,)`` which sequences were resampled before the last step."""
 
     def between(self, frame: Frame, state: State, encoding: Any, log_weights: Tensor) -> tuple[Tensor | None, Tensor]:
         """Resample the sequences that need it: the engine's :data:`~pyro_seq.engine.loop.Between`."""
@@ -47,6 +49,7 @@ class Population:
         chosen = ess < self.ess_threshold * particles
         if self.ess_threshold == 1.0:
             chosen = torch.ones_like(chosen)
+        self.chosen = chosen
         self.base = weights.log_mean
         if not chosen.any():
             return None, log_weights
