@@ -60,15 +60,9 @@ class Window(NamedTuple):
     """``(n, N)`` accumulated before; ``None`` at the first step, or to begin at zero."""
 
 
-def weighted_step(model: Any, guide: Any, state: State, frame: Frame, encoding: Any
-                  ) -> tuple[dict[str, Site], State, Tensor]:
-    """Draw the latents from the guide, score the model's step: ``(sites, new state, (rows,) log weights)``."""
-    sites, after, _ = _scored_step(model, guide, state, frame, encoding)
-    return sites, after, step_log_weight(sites, frame)
-
-
-def _scored_step(model: Any, guide: Any, state: State, frame: Frame, encoding: Any
-                 ) -> tuple[dict[str, Site], State, Tensor | None]:
+def weighted_step(model: Any, guide: Any, state: State, frame: Frame, encoding: Any, weigh: Weigh | None = None
+                  ) -> tuple[dict[str, Site], State, Tensor, Tensor | None]:
+    """Draw the latents from the guide, score the model's step: ``(sites, new state, (rows,) log weights, auxiliary)``."""
     proposal = guide.propose(state, frame, encoding)
     versions = [leaf._version for leaf in leaves(state)]
     with StepSites(frame, proposal, impute=model.missing_feeds_state) as step:
@@ -76,7 +70,7 @@ def _scored_step(model: Any, guide: Any, state: State, frame: Frame, encoding: A
     if hasattr(proposal, "check_all_used"):
         proposal.check_all_used()
     check_step(model, step.sites, state, after, frame, versions)
-    return step.sites, after, getattr(proposal, "auxiliary", None)
+    return step.sites, after, (weigh or step_log_weight)(step.sites, frame), getattr(proposal, "auxiliary", None)
 
 
 def step_log_weight(sites: dict[str, Site], frame: Frame) -> Tensor:
@@ -107,7 +101,7 @@ def forward(model: Any, guide: Any, sequences: Sequences, num_particles: int = 1
     packed = sequences.packed
     start, stop, state, log_weights = window or Window(1, sequences.num_steps)
     encodings = map_state(packed.sort, guide.prepare_rows(sequences))
-    if window is not None:
+    if stop - start + 1 < sequences.num_steps:
         encodings = map_state(lambda leaf: leaf[:, start - 1:stop], encodings)
     encodings = by_step(encodings, stop - start + 1)
     plan, checks, names = _Plan(), Checked(), None
@@ -129,8 +123,8 @@ def forward(model: Any, guide: Any, sequences: Sequences, num_particles: int = 1
         before = state
         with checks:
             if score:
-                sites, state, auxiliary = _scored_step(model, guide, state, frame, encoding)
-                weight = (weigh or step_log_weight)(sites, frame).reshape(running, num_particles)
+                sites, state, weight, auxiliary = weighted_step(model, guide, state, frame, encoding, weigh)
+                weight = weight.reshape(running, num_particles)
                 log_weights = weight if log_weights is None else log_weights + weight
             else:
                 sites, state, auxiliary = _draw_step(model, guide, state, frame, encoding, plan)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_seq.engine.loop import Window
 from pyro_seq.engine.score import Term
-from pyro_seq.infer.loss import Bound, Drawn, SequenceLoss, draw_and_score
+from pyro_seq.infer.loss import Bound, Drawn, SequenceLoss, auxiliary, draw_and_score
 from pyro_seq.sequences import Packed, Sequences
 
 __all__ = ["SequentialELBO"]
@@ -74,8 +74,8 @@ class SequentialELBO(SequenceLoss):
     def _bound(self, model: Any, guide: Any, sequences: Sequences, window: Window) -> Bound:
         drawn = draw_and_score(model, guide, sequences, window, self.num_particles, self.analytic_kl)
         bound, surrogate = self._value(drawn, sequences.packed, window)
-        self._refuse_not_finite(bound, drawn, sequences.packed, window)
-        return Bound(bound, surrogate - drawn.auxiliary, drawn.state)
+        self.refuse_not_finite(bound, drawn, sequences.packed, window)
+        return Bound(bound, surrogate - auxiliary(drawn.steps), drawn.state)
 
     def _value(self, drawn: Drawn, packed: Packed, window: Window) -> tuple[Tensor, Tensor]:
         """``(bound, surrogate)``: the bound of the batch, and what to differentiate for its gradient."""

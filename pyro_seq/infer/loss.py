@@ -17,7 +17,7 @@ from pyro_seq.engine.state import State
 from pyro_seq.module import own_parameters, require_count, require_guide, require_model
 from pyro_seq.sequences import Packed, Sequences
 
-__all__ = ["Bound", "Drawn", "SequenceLoss", "draw_and_score"]
+__all__ = ["Bound", "Drawn", "SequenceLoss", "auxiliary", "draw_and_score"]
 
 
 class Bound(NamedTuple):
@@ -37,9 +37,12 @@ class Drawn(NamedTuple):
     terms: list[Term]
     num_particles: int
     """1 for a model without latents, whose particles would be all the same."""
-    state: State
-    auxiliary: Tensor | float
-    """A further objective of the guide's own, to be minimised."""
+    steps: list[Step]
+
+    @property
+    def state(self) -> State:
+        """After the last step."""
+        return self.steps[-1].state
 
     def scores(self) -> Tensor | None:
         """``(rows,)`` log density of all draws without a pathwise gradient, if there are any."""
@@ -72,12 +75,16 @@ def draw_and_score(model: Any, guide: Any, sequences: Sequences, window: Window,
         num_particles = 1  # without latents all are the same
         steps, one_call = [score_contexts(model, sequences, window)], False
     else:
-        whole = window.stop - window.start + 1 == sequences.num_steps
-        steps = list(forward(model, guide, sequences, num_particles, score=not one_call, window=None if whole else window))
+        steps = list(forward(model, guide, sequences, num_particles, score=not one_call, window=window))
     found = (terms(model, sequences.packed, steps, num_particles, analytic_kl) if one_call else
              stepwise_terms(model, steps, analytic_kl))
-    auxiliary = [step.auxiliary.sum() for step in steps if step.auxiliary is not None]
-    return Drawn(found, num_particles, steps[-1].state, torch.stack(auxiliary).sum() if auxiliary else 0.0)
+    return Drawn(found, num_particles, steps)
+
+
+def auxiliary(steps: list[Step]) -> Tensor | float:
+    """The sum of the further objective that the guide had in these steps, to be minimised; zero where it has none."""
+    found = [step.auxiliary.sum() for step in steps if step.auxiliary is not None]
+    return torch.stack(found).sum() if found else 0.0
 
 
 class SequenceLoss(ELBO):
@@ -179,7 +186,8 @@ class SequenceLoss(ELBO):
         # The value of the bound with the gradient of the objective.
         return -(value.detach() + objective - objective.detach()), found.state
 
-    def _refuse_not_finite(self, bound: Tensor, drawn: Drawn, packed: Packed, window: Window) -> None:
+    def refuse_not_finite(self, bound: Tensor, drawn: Drawn, packed: Packed, window: Window) -> None:
+        """Raise where a log density is NaN or infinite, or their sum is."""
         if not bool(bound.isfinite()):
             raise ValueError(f"the bound is {bound.item()} ({self.kind}): {drawn.where_not_finite(packed, window)}")
 

@@ -7,7 +7,18 @@ from torch import Tensor
 
 from pyro_seq.resampling.base import draw_uniform
 
-__all__ = ["systematic"]
+__all__ = ["multinomial", "systematic"]
+
+
+def multinomial(weights: Tensor) -> Tensor:
+    """Multinomial resampling: ancestors drawn independently.
+
+    :param weights: ``(n, N)`` non-negative, of any positive sum.
+    :returns: ``(n, N)`` ancestors.
+
+    Source: Gordon, Salmond and Smith, *Novel approach to nonlinear/non-Gaussian Bayesian state estimation*, 1993.
+    """
+    return torch.multinomial(weights, weights.shape[-1], replacement=True)
 
 
 def systematic(weights: Tensor, uniform: Tensor | None = None) -> Tensor:
