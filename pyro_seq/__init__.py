@@ -18,8 +18,10 @@ from pyro_seq.infer.em import expectation_maximization
 from pyro_seq.infer.ensemble_kalman import EnsembleKalmanFilter
 from pyro_seq.infer.estimates import Estimates
 from pyro_seq.infer.extended_kalman import ExtendedKalmanFilter
+from pyro_seq.infer.fivo import FIVO
 from pyro_seq.infer.gibbs import Gibbs
 from pyro_seq.infer.hmm import ForwardBackward
+from pyro_seq.infer.iwae import IWAE
 from pyro_seq.infer.kalman import GaussianPosterior, KalmanFilter
 from pyro_seq.infer.likelihood import ExactLikelihood
 from pyro_seq.infer.marginal import Marginal
@@ -31,10 +33,13 @@ from pyro_seq.infer.rao_blackwell import RaoBlackwellisedFilter
 from pyro_seq.infer.structure import Structure, exact, inspect
 from pyro_seq.infer.unscented_kalman import UnscentedKalmanFilter
 from pyro_seq.infer.variational import Variational
+from pyro_seq.infer.wake_sleep import ReweightedWakeSleep
 from pyro_seq.model import AutoregressiveModel, SequentialModel, StateSpaceModel
 from pyro_seq.sequences import Sequences
 
 __all__ = [
+    "FIVO",
+    "IWAE",
     "AmortizedVariationalFilter",
     "AutoregressiveModel",
     "AuxiliaryParticleFilter",
@@ -55,6 +60,7 @@ __all__ = [
     "Posterior",
     "PriorGuide",
     "RaoBlackwellisedFilter",
+    "ReweightedWakeSleep",
     "Sequences",
     "SequentialELBO",
     "SequentialGuide",

@@ -216,8 +216,8 @@ def test_the_wrong_order_is_found_out(resampling, monkeypatch):
     step, select, pending = loop.weighted_step, loop.select, []
 
     def too_late(*args):
-        sites, after, weight = step(*args)
-        return sites, select(after, pending.pop()) if pending else after, weight
+        sites, after, *rest = step(*args)
+        return sites, select(after, pending.pop()) if pending else after, *rest
 
     monkeypatch.setattr(loop, "select", lambda state, plan: pending.append(plan) or state)
     monkeypatch.setattr(loop, "weighted_step", too_late)

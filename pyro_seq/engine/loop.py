@@ -21,13 +21,16 @@ from pyro_seq.engine.sites import Site, StepSites, draw
 from pyro_seq.engine.state import State, by_step, check_state, leaves, map_state
 from pyro_seq.sequences import Frame, Sequences, first_rows, repeat_rows
 
-__all__ = ["Between", "Checked", "Step", "Window", "advance", "forward", "propagate", "refuse_scaled", "same_latents",
+__all__ = ["Between", "Checked", "Step", "Weigh", "Window", "advance", "forward", "propagate", "refuse_scaled", "same_latents",
            "simulate", "weighted_step"]
 
 Between = Callable[[Frame, State, Any, Tensor], tuple[Tensor | None, Tensor]]
 """Called before step ``t >= 2`` with the frame to come, the states, the guide's encoding of the frame and the log weights
 ``(n, N)`` of the running sequences. Returns where the particles come from: ancestors ``(n, N)``, a transport matrix
 ``(n, N, N)``, or ``None``, each from itself; and the log weights to go on with."""
+
+Weigh = Callable[[dict[str, Site], Frame], Tensor]
+"""``(rows,)`` log weight of one step, from its sites."""
 
 
 class Step(NamedTuple):
@@ -54,11 +57,13 @@ class Window(NamedTuple):
     stop: int
     state: State = None
     """As in :class:`Step`: packed rows of at least the sequences that run at ``start``; unused at the first step."""
+    log_weights: Tensor | None = None
+    """``(n, N)`` accumulated before; ``None`` at the first step, or to begin at zero."""
 
 
-def weighted_step(model: Any, guide: Any, state: State, frame: Frame, encoding: Any
-                  ) -> tuple[dict[str, Site], State, Tensor]:
-    """Draw the latents from the guide, score the model's step: ``(sites, new state, (rows,) log weights)``."""
+def weighted_step(model: Any, guide: Any, state: State, frame: Frame, encoding: Any, weigh: Weigh | None = None
+                  ) -> tuple[dict[str, Site], State, Tensor, Tensor | None]:
+    """Draw the latents from the guide, score the model's step: ``(sites, new state, (rows,) log weights, auxiliary)``."""
     proposal = guide.propose(state, frame, encoding)
     versions = [leaf._version for leaf in leaves(state)]
     with StepSites(frame, proposal, impute=model.missing_feeds_state) as step:
@@ -66,7 +71,7 @@ def weighted_step(model: Any, guide: Any, state: State, frame: Frame, encoding: 
     if hasattr(proposal, "check_all_used"):
         proposal.check_all_used()
     check_step(model, step.sites, state, after, frame, versions)
-    return step.sites, after, step_log_weight(step.sites, frame)
+    return step.sites, after, (weigh or step_log_weight)(step.sites, frame), getattr(proposal, "auxiliary", None)
 
 
 def step_log_weight(sites: dict[str, Site], frame: Frame) -> Tensor:
@@ -83,7 +88,7 @@ def step_log_weight(sites: dict[str, Site], frame: Frame) -> Tensor:
 
 
 def forward(model: Any, guide: Any, sequences: Sequences, num_particles: int = 1, between: Between | None = None,
-            score: bool = True, window: Window | None = None) -> Iterator[Step]:
+            score: bool = True, window: Window | None = None, weigh: Weigh | None = None) -> Iterator[Step]:
     """The forward loop over a packed batch, or over a window of it.
 
     :param model: a declared model, entered.
@@ -91,15 +96,15 @@ def forward(model: Any, guide: Any, sequences: Sequences, num_particles: int = 1
     :param between: what happens between steps; nothing when omitted.
     :param score: compute weights; otherwise only draw the latents and advance the state, as cheaply as the model
         allows.
+    :param weigh: what a step's log weight is, where its value or gradient is not that of log p - log q.
     """
     model.check_inputs(sequences)
     packed = sequences.packed
-    start, stop, state = window or (1, sequences.num_steps, None)
+    start, stop, state, log_weights = window or Window(1, sequences.num_steps)
     encodings = map_state(packed.sort, guide.prepare_rows(sequences))
-    if window is not None:
+    if stop - start + 1 < sequences.num_steps:
         encodings = map_state(lambda leaf: leaf[:, start - 1:stop], encodings)
     encodings = by_step(encodings, stop - start + 1)
-    log_weights: Tensor | None = None
     plan, checks, names = _Plan(), Checked(), None
     for frame in packed.frames(num_particles, start, stop):
         running = packed.counts[frame.t - 1]
@@ -111,7 +116,7 @@ def forward(model: Any, guide: Any, sequences: Sequences, num_particles: int = 1
             state = map_state(lambda leaf, rows=frame.rows: first_rows(leaf, rows), state)
         if score:
             log_weights = None if log_weights is None else log_weights[:running]
-            step = advance(model, guide, frame, state, encoding, log_weights, num_particles, between, checks)
+            step = advance(model, guide, frame, state, encoding, log_weights, num_particles, between, checks, weigh)
             log_weights = step.log_weights
         else:
             with checks:
@@ -123,7 +128,7 @@ def forward(model: Any, guide: Any, sequences: Sequences, num_particles: int = 1
 
 
 def advance(model: Any, guide: Any, frame: Frame, state: State, encoding: Any, log_weights: Tensor | None, num_particles: int,
-            between: Between | None, checks: Checked) -> Step:
+            between: Between | None, checks: Checked, weigh: Weigh | None = None) -> Step:
     """One turn of the scoring loop: what happens between the steps, then the weighted step.
 
     :param log_weights: ``(n, N)`` accumulated; ``None`` before the first step.
@@ -134,9 +139,9 @@ def advance(model: Any, guide: Any, frame: Frame, state: State, encoding: Any, l
         if ancestors is not None:
             state = select(state, ancestors)
     with checks:
-        sites, after, weight = weighted_step(model, guide, state, frame, encoding)
+        sites, after, weight, auxiliary = weighted_step(model, guide, state, frame, encoding, weigh)
     weight = weight.reshape(-1, num_particles)
-    return Step(frame, sites, state, after, weight if log_weights is None else log_weights + weight, ancestors, None)
+    return Step(frame, sites, state, after, weight if log_weights is None else log_weights + weight, ancestors, auxiliary)
 
 
 def same_latents(model: Any, names: set[str] | None, sites: dict[str, Site], frame: Frame) -> set[str]:

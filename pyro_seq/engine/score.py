@@ -21,7 +21,7 @@ from pyro_seq.engine.sites import Site, StepSites
 from pyro_seq.engine.state import check_state, join_states, map_state
 from pyro_seq.sequences import Packed, Sequences, first_rows
 
-__all__ = ["Term", "score_contexts", "scores_in_one_call", "stepwise_terms", "terms"]
+__all__ = ["Term", "score_contexts", "scores_in_one_call", "step_terms", "stepwise_terms", "terms"]
 
 _RANDOM_OR_BATCHED = (
     torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._BatchNorm, torch.nn.RReLU)
@@ -105,10 +105,14 @@ def stepwise_terms(model: Any, steps: list[Step], analytic_kl: bool) -> list[Ter
     """The same terms from a loop that scored each step."""
     found: dict[str, list[Term]] = {}
     for step in steps:
-        for name, site in step.sites.items():
-            drawn = [] if site.observed else [site]
-            found.setdefault(name, []).append(_term(site, drawn, analytic_kl, model.missing_feeds_state))
+        for term in step_terms(model, step.sites, analytic_kl):
+            found.setdefault(term.name, []).append(term)
     return [_join(parts) for parts in found.values()]
+
+
+def step_terms(model: Any, sites: dict[str, Site], analytic_kl: bool = False) -> list[Term]:
+    """The terms of one step that the loop has scored."""
+    return [_term(site, [] if site.observed else [site], analytic_kl, model.missing_feeds_state) for site in sites.values()]
 
 
 def _term(scored: Site, drawn: list[Site], analytic_kl: bool, imputed: bool) -> Term:

@@ -40,6 +40,8 @@ class Population:
         self.adapted = True
         """Whether each step's weights were what ``look_ahead`` said, whatever was drawn (to rounding)."""
         self._foreseen: Tensor | float = 0.0
+        self.chosen: Tensor | None = None
+        """``(n,)`` which sequences were resampled before the last step."""
 
     def between(self, frame: Frame, state: State, encoding: Any, log_weights: Tensor) -> tuple[Tensor | None, Tensor]:
         """Resample the sequences that need it: the engine's :data:`~pyro_seq.engine.loop.Between`."""
@@ -58,6 +60,7 @@ class Population:
         chosen = ess < self.ess_threshold * particles
         if self.ess_threshold == 1.0:
             chosen = torch.ones_like(chosen)
+        self.chosen = chosen
         self.base = weights.log_mean
         if not chosen.any():
             return None, log_weights
