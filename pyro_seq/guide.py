@@ -154,6 +154,11 @@ class SequentialGuide(SequentialModule):
                              "from what it carries")
         return None, None
 
+    @property
+    def streams(self) -> bool:
+        """Whether encodings can be computed a stretch of frames at a time, by :meth:`stream_rows`."""
+        return not self.reads_future and type(self).stream_rows is not SequentialGuide.stream_rows
+
     def propose(self, state: State, frame: Frame, encoding: Any, emit: PyroSites | None = None) -> Proposal:
         """What this step's latents are drawn from.
 

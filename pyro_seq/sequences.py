@@ -244,6 +244,22 @@ class Sequences:
                                         or any(not bool(v.all()) for v in observed.values()))
         return Sequences(x, self.lengths.clamp(max=t), early(self.covariates), observed, missing, self.index)
 
+    def between(self, start: int, stop: int) -> Sequences:
+        """The frames ``start..stop`` (1-based, inclusive) of every sequence, for what reads frames only: one that ends before
+        keeps a frame of padding.
+
+        Example::
+
+            >>> import torch
+            >>> Sequences.of([torch.zeros(3, 2), torch.ones(5, 2)]).between(2, 4)
+            Sequences(x=(2, 3, 2), lengths 2..3)
+        """
+        def part(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {k: v[:, start - 1:stop] for k, v in values.items()}
+
+        lengths = (self.lengths - start + 1).clamp(1, stop - start + 1)
+        return Sequences(part(self.x), lengths, part(self.covariates), part(self.observed), self.has_missing)
+
     def labels(self, sequence: int, times: Any) -> pd.Index | None:
         """What the user's pandas index calls some 1-based times of a sequence, continued past its end.
 

@@ -29,6 +29,7 @@ import pyro_seq as seq
 from pyro_seq.__main__ import main
 from pyro_seq.data import load_polyphonic
 from pyro_seq.engine.loop import Window
+from pyro_seq.engine.state import map_state
 from pyro_seq.fit import commands
 from pyro_seq.fit import train as training
 from pyro_seq.fit.batches import bucketed, epoch_generator, windows
@@ -78,6 +79,21 @@ def test_windows_add_up_to_the_whole(name, particles, row_noise):
             summed(loss, model, guide, batch, 3, detach=False), whole))
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["own past", "filtering", "avf"])
+def test_a_window_encodes_its_own_frames_alone(name, monkeypatch):
+    """Or the cost of an epoch would grow with the square of the length."""
+    model, guide = built("DMM", name)
+    read, encode = [], type(guide).stream_rows
+
+    def stream_rows(self, sequences, carry):
+        read.append(sequences.num_steps)
+        return encode(self, sequences, carry)
+
+    monkeypatch.setattr(type(guide), "stream_rows", stream_rows)
+    summed(seq.SequentialELBO(), model, guide, seq.Sequences.of(frames(2, 7, 3)), 3)
+    assert read == [3, 3, 1]
 
 
 @pytest.mark.parametrize("window, says", [
@@ -239,7 +255,7 @@ def test_one_epoch_written_out(normalise, row_noise):
             frames_here = batch.active[:, start - 1:stop].sum() if normalise == "batch" else x.lengths.sum() / updates
             (nats / frames_here).backward()
             optimizer.step()
-            state = {name: leaf.detach() for name, leaf in state.items()}
+            state = map_state(lambda leaf: leaf.detach(), state)
     for a, b in zip(parameters, (*model.parameters(), *guide.parameters())):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 

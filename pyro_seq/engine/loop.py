@@ -59,6 +59,9 @@ class Window(NamedTuple):
     """As in :class:`Step`: packed rows of at least the sequences that run at ``start``; unused at the first step."""
     log_weights: Tensor | None = None
     """``(n, N)`` accumulated before; ``None`` at the first step, or to begin at zero."""
+    encodings: State = None
+    """The guide's encodings of these steps, ``(B, stop - start + 1, ...)`` in the user's order, where they are at hand;
+    computed from the whole batch otherwise."""
 
 
 def weighted_step(model: Any, guide: Any, state: State, frame: Frame, encoding: Any, weigh: Weigh | None = None
@@ -100,11 +103,12 @@ def forward(model: Any, guide: Any, sequences: Sequences, num_particles: int = 1
     """
     model.check_inputs(sequences)
     packed = sequences.packed
-    start, stop, state, log_weights = window or Window(1, sequences.num_steps)
-    encodings = map_state(packed.sort, guide.prepare_rows(sequences))
-    if stop - start + 1 < sequences.num_steps:
-        encodings = map_state(lambda leaf: leaf[:, start - 1:stop], encodings)
-    encodings = by_step(encodings, stop - start + 1)
+    start, stop, state, log_weights, encodings = window or Window(1, sequences.num_steps)
+    if encodings is None:
+        encodings = guide.prepare_rows(sequences)
+        if stop - start + 1 < sequences.num_steps:
+            encodings = map_state(lambda leaf: leaf[:, start - 1:stop], encodings)
+    encodings = by_step(map_state(packed.sort, encodings), stop - start + 1)
     plan, checks, names = _Plan(), Checked(), None
     for frame in packed.frames(num_particles, start, stop):
         running = packed.counts[frame.t - 1]

@@ -103,11 +103,13 @@ class AmortizedVariationalFilter(NetworkGuide):
         return self.stream_rows(sequences, None)[0]
 
     def stream_rows(self, sequences: Sequences, carry: State) -> tuple[Tensor | None, State]:
+        if self.preset == "paper":
+            return None, None
         frames = self.all_frames(sequences)
         if self.rnn is not None:
             encoded, carry = self.rnn(frames, carry)
             frames = torch.cat([frames, encoded], -1)
-        return None if self.preset == "paper" else self.update.prepare(frames), carry
+        return self.update.prepare(frames), carry
 
     def propose(self, state: State, frame: Frame, encoding: Tensor | None, emit: Any = None) -> _Moved:
         return self._refine(state, frame, encoding)[0]

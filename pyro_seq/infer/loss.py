@@ -17,7 +17,7 @@ from pyro_seq.engine.state import State
 from pyro_seq.module import own_parameters, require_count, require_guide, require_model
 from pyro_seq.sequences import Packed, Sequences
 
-__all__ = ["Bound", "Drawn", "SequenceLoss", "auxiliary", "draw_and_score"]
+__all__ = ["Bound", "Carried", "Drawn", "SequenceLoss", "auxiliary", "draw_and_score"]
 
 
 class Bound(NamedTuple):
@@ -29,6 +29,14 @@ class Bound(NamedTuple):
     """Whose gradient is the bound's; its value is of no meaning."""
     state: State
     """What the next window begins from."""
+
+
+class Carried(NamedTuple):
+    """What one window leaves to the next."""
+
+    state: State
+    encoder: State
+    """What the guide's encodings are run on from."""
 
 
 class Drawn(NamedTuple):
@@ -123,10 +131,12 @@ class SequenceLoss(ELBO):
         """Minus the bound's terms of one window of the steps, with gradients, and the state to begin the next window from.
 
         Over windows that follow each other, each begun from the last one's (detached) state, the losses add up to that of
-        the whole; the gradient is truncated at their borders (truncated back-propagation through time).
+        the whole; the gradient is truncated at their borders (truncated back-propagation through time), in the model's state
+        and in the encoder of a guide that reads the past. A guide that reads the future encodes the whole batch each time.
 
-        :param sequences: the whole batch: the guide's encodings read all of it.
-        :returns: the loss, and the state after ``window.stop`` for the next :class:`~pyro_seq.engine.loop.Window`.
+        :param sequences: the whole batch.
+        :returns: the loss, and what the next :class:`~pyro_seq.engine.loop.Window` begins from, as its ``state``: a nest of
+            tensors.
         """
         name = type(self).__name__
         require_model(model, name)
@@ -178,13 +188,20 @@ class SequenceLoss(ELBO):
         if scale < 1:
             raise ValueError(f"plate_size={plate_size} is smaller than the batch of {sequences.num_sequences} sequences: "
                              "it is the number of sequences in the whole data set")
+        encoder, begun = None, window.start == 1
+        if isinstance(window.state, Carried):
+            begun, (state, encoder) = True, window.state
+            window = window._replace(state=state)
+        if begun and guide.streams and window.stop - window.start + 1 < sequences.num_steps:
+            encodings, encoder = guide.stream_rows(sequences.between(window.start, window.stop), encoder)
+            window = window._replace(encodings=encodings)
         found = self._bound(model, guide, sequences, window)
         objective, value = scale * found.objective, scale * found.value
         share = (window.stop - window.start + 1) / sequences.num_steps
         for term in _global_terms(model, guide_trace, model_trace):
             objective, value = objective + share * term, value + share * term
         # The value of the bound with the gradient of the objective.
-        return -(value.detach() + objective - objective.detach()), found.state
+        return -(value.detach() + objective - objective.detach()), Carried(found.state, encoder)
 
     def refuse_not_finite(self, bound: Tensor, drawn: Drawn, packed: Packed, window: Window) -> None:
         """Raise where a log density is NaN or infinite, or their sum is."""
