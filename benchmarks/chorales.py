@@ -48,7 +48,7 @@ SETTING = dict(batch_size=20, learning_rate=3e-3, schedule="cosine", warmup=50, 
                normalise="batch")
 ANNEALED = 0.25
 """Share of the epochs over which the weight of the latents is raised to one."""
-EPOCHS = {"jsb": 80, "piano_midi": 20}
+EPOCHS = {"jsb": 80, "piano_midi": 10}
 WINDOW = {"jsb": None, "piano_midi": 100}
 PARTICLES = 128
 
