@@ -13,7 +13,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from models import HiddenMarkov, LocalLevel, ragged
+from models import HiddenMarkov, LocalLevel, linear_gaussian, ragged
 
 import pyro_seq as seq
 from pyro_seq.engine import loop
@@ -292,21 +292,21 @@ def slope(x, means, errors):
 def test_transport_converges_as_epsilon_falls():
     """With epsilon = 1 / sqrt(N) the bias falls as fast, N ** -0.5; with a fixed one it stays."""
     sizes = [8, 16, 32, 64]
-    found = [added_bias(OptimalTransport(n**-0.5, 1e-5, 5000), n, 8000 // n) for n in sizes]
+    found = [added_bias(OptimalTransport(n**-0.5), n, 4000 // n) for n in sizes]
     rate, error = slope([math.log(n) for n in sizes], *zip(*found))
-    assert abs(rate + 0.5) < 0.1 and error < 0.02
+    assert abs(rate + 0.5) < 0.1 and error < 0.03
     for n in (8, 64):
-        mean, error = added_bias(OptimalTransport(0.5), n, 8000 // n)
-        assert 0.045 < mean < 0.07 and error < 0.003
+        mean, error = added_bias(OptimalTransport(0.5), n, 4000 // n)
+        assert 0.045 < mean < 0.07 and error < 0.004
 
 
 def test_metropolis_converges_as_the_chain_grows():
     """The bias falls geometrically in the steps, whatever N."""
-    steps = [1, 2, 3, 4, 5]
+    steps = [1, 2, 3]
     for n in (16, 128):
         found = [added_bias(resolve(Metropolis(s)), n, 400_000 // n) for s in steps]
         rate, error = slope([float(s) for s in steps], *zip(*found))
-        assert rate < -0.3 and error < 0.06
+        assert -1.6 < rate < -0.9 and error < 0.1
 
 
 # Gradients.
@@ -371,16 +371,9 @@ def test_stop_gradient_estimates_the_gradient_of_the_evidence(scheme, ess_thresh
 def test_without_it_the_gradient_is_biased(resampling):
     theta = THETA.clone().requires_grad_()
     expected, = torch.autograd.grad(exact_evidence(theta), theta)
-    found, _ = gradients(resampling)
+    found, _ = gradients(resampling, copies=20000)
     assert found.isfinite().all()
-    assert z_score(found, expected).max() > 2 * BOUND
-
-
-def test_the_bias_of_soft_resampling_falls_with_alpha():
-    theta = THETA.clone().requires_grad_()
-    expected, = torch.autograd.grad(exact_evidence(theta), theta)
-    bias = [(gradients(Soft(alpha))[0].mean(0) - expected).norm() for alpha in (0.9, 0.1)]
-    assert bias[1] < 0.5 * bias[0]
+    assert z_score(found, expected).max() > 1.5 * BOUND
 
 
 @pytest.mark.parametrize("look_ahead", [None, Seeing()])
@@ -466,9 +459,9 @@ def test_transport_has_its_marginals(epsilon, dtype, tolerance):
 
 def test_transport_at_small_epsilon_is_the_sorted_one():
     """In one dimension optimal transport keeps the order: a new particle is the mean of a stretch of the weighted old ones."""
-    z, log = torch.tensor([0.0, 1.0, 2.5, 4.0]), torch.tensor([[0.25, 0.5, 0.125, 0.125]]).log()
-    plan, _ = OptimalTransport(0.002, 1e-6, 100_000)(Weights.of(log), z)
-    torch.testing.assert_close(plan[0] @ z, torch.tensor([0.0, 1.0, 1.0, 3.25]), rtol=0, atol=1e-3)
+    z, log = torch.tensor([0.0, 1.0, 2.5, 4.0]), torch.tensor([[0.3, 0.4, 0.2, 0.1]]).log()
+    plan, _ = OptimalTransport(0.03, 1e-4, 10_000)(Weights.of(log), z)
+    torch.testing.assert_close(plan[0] @ z, torch.tensor([0.0, 0.8, 1.3, 3.1]), rtol=0, atol=1e-3)
 
 
 def test_transport_warns_where_it_has_not_converged():
@@ -481,15 +474,14 @@ def test_transport_warns_where_it_has_not_converged():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_resampling_on_every_kind_of_run(name):
-    model = LocalLevel(0.0, 1.0, 1.0, 0.5)
-    x, lengths = SERIES.expand(3, -1).clone(), [5, 3, 4]
+    model, x, lengths = linear_gaussian(), torch.randn(3, 5, 3), torch.tensor([5, 3, 4])
     x[0, 2] = torch.nan
     with meta_default():
         posterior = seq.ParticleFilter(model, 7, resampling=name, history=True).run(x, lengths)
-    assert posterior.log_evidence.isfinite().all() and posterior.quantile("z", 0.5).shape == (3, 5)
-    assert posterior.predict(2, 4).samples["x"].shape == (4, 3, 2)
+    assert posterior.log_evidence.isfinite().all() and posterior.quantile("z", 0.5).shape == (3, 5, 2)
+    assert posterior.predict(2, 4).samples["x"].shape == (4, 3, 2, 3)
     if name in ANCESTRAL_NAMES:
-        assert posterior.trajectories(3).samples["z"].shape == (3, 3, 5)
+        assert posterior.trajectories(3).samples["z"].shape == (3, 3, 5, 2)
     averaged = seq.ParticleFilter(model, 7, resampling=name, num_runs=3, ess_threshold=0.9).run(x, lengths)
     assert averaged.standard_error.isfinite().all()
 

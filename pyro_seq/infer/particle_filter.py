@@ -17,8 +17,7 @@ from pyro_seq.infer.smc.population import LookAhead, Population
 from pyro_seq.infer.smc.record import Record, values_of
 from pyro_seq.infer.smc.stream import ParticleStream
 from pyro_seq.module import require_count, require_guide, require_model
-from pyro_seq.resampling import Resampler, resolve
-from pyro_seq.resampling.ancestral import Scheme
+from pyro_seq.resampling import Resampler, Scheme, resolve
 from pyro_seq.sequences import Sequences
 
 __all__ = ["ParticleFilter"]
@@ -39,7 +38,7 @@ class ParticleFilter:
     :param int num_particles: N.
     :param guide: a sequential guide; any guide of the library, AVF included.
     :param float ess_threshold: 0 never resamples, 1 always does.
-    :param resampling: a name, such as ``'systematic'``, or a :class:`~pyro_seq.resampling.Resampler`.
+    :param resampling: a name of ``seq.resampling.NAMES``, a scheme, or a :class:`~pyro_seq.resampling.Resampler`.
     :param int num_runs: independent filters; their average is returned, and their spread is its standard error.
     :param bool history: keep all particles and ancestors, ``T`` times the memory, for quantiles and trajectories.
     :param bool progress: show a progress bar.

@@ -16,8 +16,7 @@ from pyro_seq.infer.particle_filter import ParticleFilter
 from pyro_seq.infer.posterior import Posterior
 from pyro_seq.infer.run import Stopwatch, entered
 from pyro_seq.module import require_guide
-from pyro_seq.resampling import Resampler
-from pyro_seq.resampling.ancestral import Scheme
+from pyro_seq.resampling import Resampler, Scheme
 from pyro_seq.sequences import Frame, Sequences
 
 __all__ = ["RaoBlackwellisedFilter"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyro_seq.resampling.ancestral import Ancestral, Soft, StopGradient
+from pyro_seq.resampling.ancestral import Ancestral, Scheme, Soft, StopGradient
 from pyro_seq.resampling.base import Resampler
 from pyro_seq.resampling.inversion import multinomial, residual, stratified, systematic
 from pyro_seq.resampling.metropolis import Metropolis
@@ -15,6 +15,7 @@ __all__ = [
     "Metropolis",
     "OptimalTransport",
     "Resampler",
+    "Scheme",
     "Soft",
     "StopGradient",
     "multinomial",

@@ -63,8 +63,8 @@ class Soft(Ancestral):
     r"""Soft resampling: ancestors are drawn from a mixture of the weights and the uniform distribution.
 
     With the chances :math:`c = \alpha W + (1 - \alpha) / N`, an ancestor a goes on with weight :math:`W^a / c^a`. The evidence
-    stays unbiased, and gradients reach the weights before; that the ancestors themselves depend on the weights is left out of
-    them, so they are biased, the less the smaller :math:`\alpha`. Particles of little weight are kept at its price.
+    stays unbiased, and gradients reach the weights before. They are biased: that the ancestors themselves depend on the weights
+    is left out of them.
 
     :param float alpha: between 0 and 1.
     :param scheme: as for :class:`Ancestral`.
