@@ -147,8 +147,8 @@ class SequentialGuide(SequentialModule):
         """
         if type(self).prepare is not SequentialGuide.prepare or type(self).prepare_rows is not SequentialGuide.prepare_rows:
             raise ValueError(f"{type(self).__name__} prepares its encodings from the whole series, and a stream is fed one "
-                             "frame at a time: define stream_rows(self, sequences, carry) -> (encodings, carry), which runs on from "
-                             "what it carries")
+                             "frame at a time: define stream_rows(self, sequences, carry) -> (encodings, carry), which runs on "
+                             "from what it carries")
         return None, None
 
     def propose(self, state: State, frame: Frame, encoding: Any, emit: PyroSites | None = None) -> Proposal:
