@@ -30,6 +30,7 @@ from pyro_seq.infer.naive import Naive
 from pyro_seq.infer.particle_filter import ParticleFilter
 from pyro_seq.infer.posterior import Posterior
 from pyro_seq.infer.rao_blackwell import RaoBlackwellisedFilter
+from pyro_seq.infer.smc.conditional_path import ConditionalParticleFilter
 from pyro_seq.infer.structure import Structure, exact, inspect
 from pyro_seq.infer.unscented_kalman import UnscentedKalmanFilter
 from pyro_seq.infer.variational import Variational
@@ -43,6 +44,7 @@ __all__ = [
     "AmortizedVariationalFilter",
     "AutoregressiveModel",
     "AuxiliaryParticleFilter",
+    "ConditionalParticleFilter",
     "EnsembleKalmanFilter",
     "EnumeratedGuide",
     "Estimates",
