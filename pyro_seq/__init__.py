@@ -26,6 +26,7 @@ from pyro_seq.infer.naive import Naive
 from pyro_seq.infer.particle_filter import ParticleFilter
 from pyro_seq.infer.posterior import Posterior
 from pyro_seq.infer.rao_blackwell import RaoBlackwellisedFilter
+from pyro_seq.infer.smoothing import BackwardSampler, FixedLagSmoother, Paris
 from pyro_seq.infer.structure import Structure, exact, inspect
 from pyro_seq.infer.unscented_kalman import UnscentedKalmanFilter
 from pyro_seq.infer.variational import Variational
@@ -35,11 +36,13 @@ from pyro_seq.sequences import Sequences
 __all__ = [
     "AmortizedVariationalFilter",
     "AutoregressiveModel",
+    "BackwardSampler",
     "EnsembleKalmanFilter",
     "Estimates",
     "ExactLikelihood",
     "ExtendedKalmanFilter",
     "FilteringGuide",
+    "FixedLagSmoother",
     "ForwardBackward",
     "GaussianPosterior",
     "Gibbs",
@@ -47,6 +50,7 @@ __all__ = [
     "KalmanGuide",
     "Marginal",
     "Naive",
+    "Paris",
     "ParticleFilter",
     "Posterior",
     "PriorGuide",

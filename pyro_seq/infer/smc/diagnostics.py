@@ -41,24 +41,25 @@ def notes(record: Record, batch: int) -> tuple[str, ...]:
         time = int(torch.where(active[worst], ess[worst], torch.inf).argmin())
         found.append(
             f"effective sample size below {low_ess(record.particles):g} at {int(low[worst].sum())} of "
-            f"{int(active[worst].sum())} times in sequence {worst % batch}, {ess[worst, time]:.1f} at time {time + 1}: moments and "
-            f"evidence cannot be trusted; {_MORE}")
+            f"{int(active[worst].sum())} times in sequence {worst % batch}, {ess[worst, time]:.1f} at time {time + 1}: moments "
+            f"and evidence cannot be trusted; {_MORE}")
     alone = (record.largest() > _ALL) & active
     if alone.any():
         b, t = (int(i) for i in alone.nonzero()[0])
-        found.append(f"one particle has all the weight at time {t + 1} of sequence {b % batch} ({int(alone.sum())} times in all): "
-                     f"what comes before is known from that one alone; {_MORE}")
+        found.append(f"one particle has all the weight at time {t + 1} of sequence {b % batch} ({int(alone.sum())} times in "
+                     f"all): what comes before is known from that one alone; {_MORE}")
     useless = (alone.sum(1) > 0.5 * active.sum(1)) & (active.sum(1) > 1)
     if useless.any():
         warnings.warn(f"one of {record.particles} particles has all the weight at most times of sequence "
                       f"{int(useless.nonzero()[0]) % batch}: the answer is of no use; {_MORE}", stacklevel=2)
-    if record.history and record.lineage:
+    if record.smooths_by_ancestors and record.lineage:
         few = (record.distinct() < min(_FEW_ANCESTORS, record.particles / 2)) & active
         if few.any():
             b = int(few.sum(1).argmax())
             time = int(few[b].nonzero().max()) + 1
             found.append(f"smoothed moments and trajectories rest on fewer than {min(_FEW_ANCESTORS, record.particles // 2)} "
-                         f"distinct particles up to time {time} of sequence {b % batch}: use BackwardSampler or FixedLagSmoother")
+                         f"distinct particles up to time {time} of sequence {b % batch}: use BackwardSampler or "
+                         "FixedLagSmoother")
     return tuple(found)
 
 
@@ -77,11 +78,11 @@ def table(record: Record) -> pd.DataFrame:
         if record.lineage:
             frame["distinct_ancestors"] = column(record.distinct()).astype(int)
         frame["pareto_k"] = column(_pareto_k(record))
-    frame["advice"] = _advice(frame, record.particles)
+    frame["advice"] = _advice(frame, record.particles, record.smooths_by_ancestors)
     return frame
 
 
-def _advice(frame: pd.DataFrame, particles: int) -> list[str]:
+def _advice(frame: pd.DataFrame, particles: int, by_ancestors: bool) -> list[str]:
     said = [""] * len(frame)
     if particles == 1:
         return said
@@ -94,7 +95,7 @@ def _advice(frame: pd.DataFrame, particles: int) -> list[str]:
             parts.append(f"few particles have weight: {_MORE}")
         elif "pareto_k" in columns and columns["pareto_k"][i] > _PARETO:
             parts.append(f"the weights have so heavy a tail that their average may miss what matters: {_MORE}")
-        if "distinct_ancestors" in columns and columns["distinct_ancestors"][i] < min(_FEW_ANCESTORS, particles / 2):
+        if by_ancestors and "distinct_ancestors" in columns and columns["distinct_ancestors"][i] < min(_FEW_ANCESTORS, particles / 2):
             parts.append("few of these particles have descendants at the end: smooth by BackwardSampler or FixedLagSmoother")
         said[i] = "; ".join(parts)
     return said

@@ -20,8 +20,8 @@ class Families:
               c_r = \Big(1 - \frac{\sum_i (O_i - N W_i)^2}{N^2 (1 - \sum_i W_i^2)}\Big)^{-1},
 
     where :math:`O_i` of the resampled particles are copies of particle i. Multinomial resampling has
-    :math:`E c_r \approx N/(N-1)`, with which the estimate is that of Lee and Whiteley, unbiased for the variance over the squared
-    evidence. Schemes of less scatter merge fewer families, and :math:`c_r` is nearer to one; for them, and for resampling
+    :math:`E c_r \approx N/(N-1)`, with which the estimate is that of Lee and Whiteley, unbiased for the variance over the
+    squared evidence. Schemes of less scatter merge fewer families, and :math:`c_r` is nearer to one; for them, and for resampling
     at times that depend on the weights, it is an approximation. What it costs is ``O(N)``, whatever the number of steps.
 
     The particles of a long series have few first ancestors left, and then nothing can be said.
@@ -61,8 +61,8 @@ class Families:
         self.eve = self.eve.gather(1, ancestors)
 
     def standard_error(self, weights: Tensor, rows: slice = slice(None)) -> Tensor:
-        """``(n,)`` of the log evidence at the weights ``(n, N)`` of sum one; NaN where the families cannot tell: fewer than two of
-        them in effect, or an estimate below zero."""
+        """``(n,)`` of the log evidence at the weights ``(n, N)`` of sum one; NaN where the families cannot tell: fewer than two
+        of them in effect, or an estimate below zero."""
         particles = weights.shape[-1]
         if self.eve is None or particles == 1:
             return weights.new_full((len(weights),), torch.nan)
