@@ -1,7 +1,7 @@
 """Particle smoothers against exact ones, over many independent runs: a batch of copies of one series.
 
-Averages over runs weigh each run by its evidence estimate, which makes them consistent in the number of runs whatever the number
-of particles. A comparison fails when it is more than 5 standard errors off, 6e-7 each for a normal error.
+Averages over runs weigh each run by its evidence estimate, which makes them consistent in the number of runs whatever the
+number of particles. A comparison fails when it is more than 5 standard errors off, 6e-7 each for a normal error.
 """
 
 import math

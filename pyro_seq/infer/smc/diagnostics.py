@@ -95,7 +95,8 @@ def _advice(frame: pd.DataFrame, particles: int, by_ancestors: bool) -> list[str
             parts.append(f"few particles have weight: {_MORE}")
         elif "pareto_k" in columns and columns["pareto_k"][i] > _PARETO:
             parts.append(f"the weights have so heavy a tail that their average may miss what matters: {_MORE}")
-        if by_ancestors and "distinct_ancestors" in columns and columns["distinct_ancestors"][i] < min(_FEW_ANCESTORS, particles / 2):
+        few = min(_FEW_ANCESTORS, particles / 2)
+        if by_ancestors and "distinct_ancestors" in columns and columns["distinct_ancestors"][i] < few:
             parts.append("few of these particles have descendants at the end: smooth by BackwardSampler or FixedLagSmoother")
         said[i] = "; ".join(parts)
     return said

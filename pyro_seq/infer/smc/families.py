@@ -21,8 +21,9 @@ class Families:
 
     where :math:`O_i` of the resampled particles are copies of particle i. Multinomial resampling has
     :math:`E c_r \approx N/(N-1)`, with which the estimate is that of Lee and Whiteley, unbiased for the variance over the
-    squared evidence. Schemes of less scatter merge fewer families, and :math:`c_r` is nearer to one; for them, and for resampling
-    at times that depend on the weights, it is an approximation. What it costs is ``O(N)``, whatever the number of steps.
+    squared evidence. Schemes of less scatter merge fewer families, and :math:`c_r` is nearer to one; for them, and for
+    resampling at times that depend on the weights, it is an approximation. What it costs is ``O(N)``, whatever the number of
+    steps.
 
     The particles of a long series have few first ancestors left, and then nothing can be said.
 
@@ -63,11 +64,15 @@ class Families:
     def standard_error(self, weights: Tensor, rows: slice = slice(None)) -> Tensor:
         """``(n,)`` of the log evidence at the weights ``(n, N)`` of sum one; NaN where the families cannot tell: fewer than two
         of them in effect, or an estimate below zero."""
-        particles = weights.shape[-1]
-        if self.eve is None or particles == 1:
-            return weights.new_full((len(weights),), torch.nan)
-        weights = weights.double()
+        if self.eve is None or weights.shape[-1] == 1:
+            return weights.new_full((len(weights),), torch.nan, dtype=torch.float64)
+        variance, effective = self.variance(weights, rows)
+        return torch.where((variance >= 0) & (effective > 2), variance, torch.nan).sqrt()
+
+    def variance(self, weights: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """``(n,)`` the estimate itself, of either sign; and the effective number of families, one over the sum of the squares
+        of their weights."""
+        weights, particles = weights.double(), weights.shape[-1]
         together = torch.zeros_like(weights).scatter_add_(1, self.eve[rows], weights).square().sum(-1)
         variance = 1 - particles / (particles - 1) * self.log_correction[rows].exp() * (1 - together)
-        variance = torch.where(variance.abs() < 1e-12, 0.0, variance)
-        return torch.where((variance >= 0) & (together < 0.5), variance, torch.nan).sqrt()
+        return torch.where(variance.abs() < 1e-12, 0.0, variance), 1 / together

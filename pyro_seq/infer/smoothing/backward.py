@@ -25,25 +25,27 @@ class BackwardSampler(ParticleFilter):
     r"""A particle filter, and trajectories drawn backwards through its particles.
 
     Each of ``num_trajectories`` paths starts at a particle of the last time, drawn by its weight, and goes back by
-    :math:`p(j \mid z_t) \propto W_{t-1}^j f(z_t \mid z_{t-1}^j)`: any particle may have been the one before, not the ancestor alone,
-    so that paths differ at all times, where those of ``ParticleFilter(history=True)`` have coalesced. The smoothed moments are of
-    all particles by the average chances of these draws with ``'exact'``, of the trajectories with ``'rejection'``.
+    :math:`p(j \mid z_t) \propto W_{t-1}^j f(z_t \mid z_{t-1}^j)`: any particle may have been the one before, not the ancestor
+    alone, so that paths differ at all times, where those of ``ParticleFilter(history=True)`` have coalesced. The smoothed
+    moments are of all particles by the average chances of these draws with ``'exact'``, of the trajectories with
+    ``'rejection'``.
 
     It works for models whose state after a step is determined by that step's latents and data, as a
-    :class:`~pyro_seq.StateSpaceModel`'s that returns them; this is tested at every step. A state that carries more of the past, such
-    as that of a recurrent network, has no :math:`f(z_t \mid z_{t-1})`, and is refused.
+    :class:`~pyro_seq.StateSpaceModel`'s that returns them; this is tested at every step. A state that carries more of the past,
+    such as that of a recurrent network, has no :math:`f(z_t \mid z_{t-1})`, and is refused.
 
     :param model: a declared model.
     :param int num_particles: N.
     :param int num_trajectories: M, drawn of each sequence.
     :param str method: ``'exact'`` costs ``T * N * M``. ``'rejection'`` draws from the same distribution at a cost that hardly
-        depends on N, where a transition's density is bounded and a step has one latent site: a particle proposed by its weight
-        is accepted with its density over the largest it can have, the mode's; draws refused N times over are made exactly.
+        depends on N, for a StateSpaceModel with one latent site of bounded density: a particle proposed by its weight times the
+        largest density that it can have, the mode's, is accepted with its density over that one; draws refused N times over are
+        made exactly.
     :param options: those of :class:`~pyro_seq.ParticleFilter`: ``guide``, ``ess_threshold``, ``progress``.
 
-    Source: Godsill, Doucet and West, *Monte Carlo smoothing for nonlinear time series*, 2004; Douc, Garivier, Moulines and Olsson,
-    *Sequential Monte Carlo smoothing for general state space hidden Markov models*, 2011 (rejection); Dau and Chopin, *On backward
-    smoothing algorithms*, 2023 (stopping it).
+    Source: Godsill, Doucet and West, *Monte Carlo smoothing for nonlinear time series*, 2004; Douc, Garivier, Moulines and
+    Olsson, *Sequential Monte Carlo smoothing for general state space hidden Markov models*, 2011 (rejection); Dau and Chopin,
+    *On backward smoothing algorithms*, 2023 (stopping it).
 
     Example::
 
@@ -69,7 +71,8 @@ class BackwardSampler(ParticleFilter):
         require_count("num_particles", num_particles, 2)
         require_count("num_trajectories", num_trajectories, 1)
         if self.num_runs != 1:
-            raise ValueError(f"num_runs={self.num_runs}: BackwardSampler draws backwards through one run; give it more particles")
+            raise ValueError(f"num_runs={self.num_runs}: BackwardSampler draws backwards through one run; give it more "
+                             "particles")
         if method not in _METHODS:
             raise ValueError(f"method={method!r}; it is one of {_METHODS}")
         self.num_trajectories, self.method = num_trajectories, method
@@ -117,12 +120,14 @@ class _Backward(Record):
         for name, values in paths.items():
             value = pad_rows(values[::-1], self.packed.counts, self.packed, count)
             self.paths[name] = value[None] if count == 1 else value.movedim(2, 0)
-        return {name: tuple(self.padded(list(part)[::-1]) for part in zip(*found, strict=True)) for name, found in moments.items()}
+        return {name: tuple(self.padded(list(part)[::-1]) for part in zip(*found, strict=True))
+                for name, found in moments.items()}
 
     def trajectories(self, num_samples: int) -> dict[str, Tensor]:
         """Some of those that were drawn."""
         count = self.sampler.num_trajectories
         if num_samples > count:
-            raise ValueError(f"num_samples={num_samples}, and BackwardSampler drew {count}: give it num_trajectories={num_samples}")
+            raise ValueError(f"num_samples={num_samples}, and BackwardSampler drew {count}: give it "
+                             f"num_trajectories={num_samples}")
         chosen = torch.randperm(count)[:num_samples]
         return {name: value[chosen.to(value.device)] for name, value in self.paths.items()}

@@ -24,8 +24,8 @@ class FixedLagSmoother(ParticleFilter):
 
     The smoothed moments are of :math:`p(z_t \mid x_{1:t+L})`, up to the end of each sequence: those of the ancestors at time t
     of the particles at :math:`t+L`, most of which are still distinct if L is not large. What frames later than that say of
-    :math:`z_t` is left out: a bias that falls off with L as fast as the model forgets. Memory is ``O(L * N)``; any declared model
-    will do.
+    :math:`z_t` is left out: a bias that falls off with L as fast as the model forgets. Memory is ``O(L * N)``; any declared
+    model will do.
 
     :param model: a declared model.
     :param int num_particles: N.

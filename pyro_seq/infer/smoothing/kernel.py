@@ -32,8 +32,9 @@ class BackwardKernel:
     whose emission reads the state alone that of the data cancels, and the emission is not run.
 
     :param model: a declared model, entered.
-    :param str method: ``'exact'`` scores all ``N`` particles for each draw; ``'rejection'`` proposes a particle by its weight and
-        accepts it with its density over the largest one it can have, and turns to the exact draw after ``N`` proposals.
+    :param str method: ``'exact'`` scores all ``N`` particles for each draw; ``'rejection'`` proposes a particle by its weight
+        times the largest density it can have and accepts it with its density over that, and turns to the exact draw after ``N``
+        proposals.
     """
 
     def __init__(self, model: Any, method: str):
@@ -50,16 +51,16 @@ class BackwardKernel:
         for ours, theirs in zip(leaves(state), leaves(after.state), strict=True):
             if not torch.allclose(ours.to(torch.float64), theirs.to(torch.float64), equal_nan=True):
                 raise ValueError(
-                    f"the state of {type(self.model).__name__} after a step is not determined by the step's latents and data (at "
-                    f"time {after.frame.t} another state before gives another state after): it carries more of the past, and there "
-                    f"is no p(z_t | z_t-1) to draw backwards by; {_ELSE}")
+                    f"the state of {type(self.model).__name__} after a step is not determined by the step's latents and data "
+                    f"(at time {after.frame.t} another state before gives another state after): it carries more of the past, "
+                    f"and there is no p(z_t | z_t-1) to draw backwards by; {_ELSE}")
         if self.method == "rejection":
             if not self.emission_cancels:
-                raise ValueError("method='rejection' needs the largest density of a step, which is known for a StateSpaceModel; "
-                                 f"{type(self.model).__name__} is none: use method='exact'")
+                raise ValueError("method='rejection' needs the largest density of a step, which is known for a "
+                                 f"StateSpaceModel; {type(self.model).__name__} is none: use method='exact'")
             if len(found) > 1:
-                raise ValueError(f"method='rejection' takes one latent site a step; {type(self.model).__name__} has {list(found)}: "
-                                 "use method='exact'")
+                raise ValueError(f"method='rejection' takes one latent site a step; {type(self.model).__name__} has "
+                                 f"{list(found)}: use method='exact'")
 
     def draw(self, before: Step, after: Step, chosen: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
         """Draw where particles came from.
@@ -81,10 +82,12 @@ class BackwardKernel:
         if len(left):
             found[left] = self._draw_exactly(before, after, sequence[left], particle[left], 1)[0][:, 0]
         found = found.reshape(n, -1)
-        shares = torch.zeros_like(after.log_weights).scatter_add_(1, found, torch.ones_like(found, dtype=after.log_weights.dtype))
+        ones = torch.ones_like(found, dtype=after.log_weights.dtype)
+        shares = torch.zeros_like(after.log_weights).scatter_add_(1, found, ones)
         return found.reshape(*chosen.shape, count), shares / found.shape[1]
 
-    def _draw_exactly(self, before: Step, after: Step, sequence: Tensor, particle: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def _draw_exactly(self, before: Step, after: Step, sequence: Tensor, particle: Tensor, count: int
+                      ) -> tuple[Tensor, Tensor]:
         """``(P, count)`` draws for ``P`` particles of ``after``; and ``(n, N)``, the sum of their chances."""
         particles = after.log_weights.shape[1]
         total, found = torch.zeros_like(after.log_weights), []

@@ -39,15 +39,15 @@ class Paris(ParticleFilter):
 
     Each particle carries an estimate of the sum given that the path ends in it, and averages at each step over ``num_backward``
     particles that it may have come from, drawn by :math:`W_{t-1}^j f(z_t \mid z_{t-1}^j)`. With two or more draws the variance
-    stays of the order of ``T / N``, where the genealogy's (one draw, its ancestor) is of the order of :math:`T^2 / N`; nothing of the
-    past is kept. Sufficient statistics, scores (by Fisher's identity) and smoothed moments are such sums.
+    stays of the order of ``T / N``, where the genealogy's (one draw, its ancestor) is of the order of :math:`T^2 / N`; nothing
+    of the past is kept. Sufficient statistics, scores (by Fisher's identity) and smoothed moments are such sums.
 
     It works for the models of :class:`~pyro_seq.BackwardSampler`, and refuses the others.
 
     :param model: a declared model.
-    :param functional: ``h(before, after, x, t)``, of the latents of the step before (``None`` at the first step) and of this one,
-        the frame and the 1-based time; ``(rows, ...)`` each, dicts by site where there are several. Returns ``(rows, ...)``.
-        A frame's missing entries are NaN.
+    :param functional: ``h(before, after, x, t)``, of the latents of the step before (``None`` at the first step) and of this
+        one, the frame and the 1-based time; ``(rows, ...)`` each, dicts by site where there are several. Returns
+        ``(rows, ...)``. A frame's missing entries are NaN.
     :param int num_particles: N.
     :param int num_backward: draws for each particle and step.
     :param str method: as for :class:`~pyro_seq.BackwardSampler`; with ``'rejection'`` a step costs about ``N * num_backward``
@@ -131,7 +131,8 @@ class _Sums(Record):
         self.expected.append((chances * self.sums).sum(1))
 
     def _terms(self, step: Step, source: Tensor | None, rows: int) -> Tensor:
-        """``(rows, ...)`` the functional's values, each particle of ``step`` with those of the step before that are its ``source``."""
+        """``(rows, ...)`` the functional's values, each particle of ``step`` with its ``source`` among those of the step
+        before."""
         target = torch.arange(step.frame.rows, device=step.log_weights.device).repeat_interleave(rows // step.frame.rows)
         before = None if source is None else _alone({name: value[source] for name, value in _latents(self.before).items()})
         after = _alone({name: value[target] for name, value in _latents(step).items()})
