@@ -31,6 +31,7 @@ from pyro_seq.infer.particle_filter import ParticleFilter
 from pyro_seq.infer.posterior import Posterior
 from pyro_seq.infer.rao_blackwell import RaoBlackwellisedFilter
 from pyro_seq.infer.smc.conditional_path import ConditionalParticleFilter
+from pyro_seq.infer.smoothing import BackwardSampler, FixedLagSmoother, Paris
 from pyro_seq.infer.structure import Structure, exact, inspect
 from pyro_seq.infer.unscented_kalman import UnscentedKalmanFilter
 from pyro_seq.infer.variational import Variational
@@ -44,6 +45,7 @@ __all__ = [
     "AmortizedVariationalFilter",
     "AutoregressiveModel",
     "AuxiliaryParticleFilter",
+    "BackwardSampler",
     "ConditionalParticleFilter",
     "EnsembleKalmanFilter",
     "EnumeratedGuide",
@@ -51,6 +53,7 @@ __all__ = [
     "ExactLikelihood",
     "ExtendedKalmanFilter",
     "FilteringGuide",
+    "FixedLagSmoother",
     "ForwardBackward",
     "GaussianPosterior",
     "Gibbs",
@@ -58,6 +61,7 @@ __all__ = [
     "KalmanGuide",
     "Marginal",
     "Naive",
+    "Paris",
     "ParticleFilter",
     "Posterior",
     "PriorGuide",

@@ -98,7 +98,7 @@ def test_comparison_and_figures(tmp_path):
     table = seq.compare(found, x)
     assert isinstance(table, pd.DataFrame) and list(table.index) == list(found)
     assert table.loc["kalman", "kind"] == "exact" and table.loc["guide", "kind"] == "lower bound (ELBO)"
-    assert np.isnan(table.loc["particles", "standard_error"]) and table.loc["several runs", "standard_error"] > 0
+    assert table.loc["particles", "standard_error"] > 0 and table.loc["several runs", "standard_error"] > 0
     axes = table.plot_comparison()
     axes[0].figure.savefig(tmp_path / "comparison.png")
     found["kalman"].plot().figure.savefig(tmp_path / "posterior.png")

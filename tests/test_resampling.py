@@ -210,6 +210,7 @@ def test_evidence_is_unbiased(name, resampling, ess_threshold):
     assert evidence_z(name, resampling, ess_threshold) < BOUND
 
 
+@pytest.mark.filterwarnings("ignore:one of 5 particles has all the weight")
 @pytest.mark.parametrize("resampling", ["systematic", "soft", "stop_gradient"])
 def test_the_wrong_order_is_found_out(resampling, monkeypatch):
     """Particles that are resampled only after they were moved and weighed keep the weights of others (Pyro issue 2138)."""

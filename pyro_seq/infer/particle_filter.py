@@ -13,12 +13,13 @@ from pyro_seq.engine.loop import Step, forward
 from pyro_seq.guide import PriorGuide
 from pyro_seq.infer.posterior import BIASED, UNBIASED, Moments, Posterior
 from pyro_seq.infer.run import Stopwatch, entered, refuse_scaled
+from pyro_seq.infer.smc import diagnostics
 from pyro_seq.infer.smc.population import LookAhead, Population
 from pyro_seq.infer.smc.record import Record, values_of
 from pyro_seq.infer.smc.stream import ParticleStream
 from pyro_seq.module import require_count, require_guide, require_model
 from pyro_seq.resampling import Resampler, Scheme, resolve
-from pyro_seq.sequences import Sequences
+from pyro_seq.sequences import Packed, Sequences
 
 __all__ = ["ParticleFilter"]
 
@@ -32,7 +33,11 @@ class ParticleFilter:
 
     .. math:: \hat p(x_{1:T}) = \prod_t \sum_i W_{t-1}^i \, w_t^i
 
-    is unbiased, unless ``resampling`` is not; its logarithm is biased low.
+    is unbiased, unless ``resampling`` is not; its logarithm is biased low. The standard error of one run is that of
+    :class:`~pyro_seq.infer.smc.families.Families`: unbiased for multinomial resampling at every step, an approximation
+    otherwise (with systematic resampling it was a tenth too small where tested), and NaN for series so long that one run cannot
+    tell; that of several runs is of their spread. :meth:`Posterior.diagnostics` says whether the particles can be trusted, and
+    ``notes`` what is wrong where they cannot.
 
     :param model: a declared model.
     :param int num_particles: N.
@@ -40,7 +45,9 @@ class ParticleFilter:
     :param float ess_threshold: 0 never resamples, 1 always does.
     :param resampling: a name of ``seq.resampling.NAMES``, a scheme, or a :class:`~pyro_seq.resampling.Resampler`.
     :param int num_runs: independent filters; their average is returned, and their spread is its standard error.
-    :param bool history: keep all particles and ancestors, ``T`` times the memory, for quantiles and trajectories.
+    :param bool history: keep all particles and ancestors, ``T`` times the memory, for quantiles, trajectories and smoothed
+        moments. These two trace the ancestors of the last particles, of which few are left far from the end (``notes`` says
+        where): :class:`~pyro_seq.BackwardSampler` and :class:`~pyro_seq.FixedLagSmoother` do not have that flaw.
     :param bool progress: show a progress bar.
 
     Source: Gordon, Salmond and Smith, *Novel approach to nonlinear/non-Gaussian Bayesian state estimation*, 1993;
@@ -114,11 +121,15 @@ class ParticleFilter:
         """What to call the method, after its run."""
         return "bootstrap particle filter" if self.guide is None else "guided particle filter"
 
+    def recorder(self, packed: Packed) -> Record:
+        """What keeps of the steps what the answer is made of."""
+        return Record(packed, self.num_particles, self.measured, self.history and self.num_runs == 1)
+
     def _run(self, guide: Any, sequences: Sequences, parameters: dict[str, Tensor], watch: Stopwatch) -> Posterior:
         runs, batch, particles = self.num_runs, sequences.num_sequences, self.num_particles
         repeated = sequences.repeat(runs)
         population = self.population(guide)
-        record = Record(repeated.packed, particles, self.measured, self.history)
+        record = self.recorder(repeated.packed)
         steps = forward(self.model, guide, repeated, particles, between=population.between)
         for step in tqdm(steps, total=sequences.num_steps, disable=not self.progress, desc="particle filter"):
             refuse_scaled(self.model, step)
@@ -130,7 +141,7 @@ class ParticleFilter:
         pooled = so_far.logsumexp(0) - math.log(runs)
         mean = pooled[..., -1]
         if runs == 1:
-            error = torch.full_like(mean, torch.nan)
+            error = record.standard_error().to(mean)
         else:
             # The delta method: the relative standard error of the average of the estimates.
             error = (evidence - mean).exp().std(0) / math.sqrt(runs)
@@ -146,12 +157,13 @@ class ParticleFilter:
             center = pool(means)
             filtered[name] = Moments(center, pool(variances) + pool((means - center.repeat(
                 runs, *(1,) * (center.dim() - 1))).square()))
-        kept = self.history and runs == 1
+        smoothed = {name: Moments(*moments) for name, moments in record.smoothed().items()} if runs == 1 else {}
         return Posterior(
             method=self.described(population), kind=UNBIASED if self.resampler.unbiased else BIASED, log_evidence=mean,
             standard_error=error, sequences=sequences, seconds=watch.seconds,
-            num_samples=particles * runs, filtered=filtered,
+            num_samples=particles * runs, filtered=filtered, smoothed=smoothed,
             log_evidence_by_step=pooled.diff(dim=-1, prepend=torch.zeros_like(pooled[:, :1])), ess=pool(record.ess()),
-            parameters=parameters,
+            parameters=parameters, notes=diagnostics.notes(record, batch), particles=record,
             final_state=None if self.model.state_grows else record.final_state(share[..., -1]),
-            paths=record.trajectories if kept else None, cloud=record.quantile if kept else None, model=self.model)
+            paths=record.trajectories if record.history else None, cloud=record.quantile if record.history else None,
+            model=self.model)

@@ -18,6 +18,7 @@ from pyro_seq.sequences import Frame, Sequences
 
 if TYPE_CHECKING:
     from pyro_seq.infer.residuals import Residuals
+    from pyro_seq.infer.smc.record import Record
 
 __all__ = ["BIASED", "EXACT", "LOWER_BOUND", "UNBIASED", "Draws", "Moments", "Posterior", "draw_future"]
 
@@ -137,7 +138,8 @@ class Posterior:
     log_evidence: Tensor
     """``(B,)`` nats."""
     standard_error: Tensor
-    """``(B,)`` Monte Carlo standard error of ``log_evidence``; zero if exact, NaN if one run cannot tell."""
+    """``(B,)`` Monte Carlo standard error of ``log_evidence``; zero if exact, NaN if one run cannot tell. That of one run of a
+    particle filter is itself an estimate, by :class:`~pyro_seq.infer.smc.families.Families`."""
     sequences: Sequences
     seconds: float
     num_samples: int | None = None
@@ -166,6 +168,8 @@ class Posterior:
     forecast_moments: Callable[[Sequences], Mapping[str, Moments]] | None = field(default=None, repr=False)
     """Given the future (no data; lengths all the horizon H; the future's covariates), exact moments ``(B, H, ...)`` by site,
     where the method has them. Called with the model entered; time ``h`` is ``lengths + h``."""
+    particles: Record | None = field(default=None, repr=False)
+    """What a particle method kept of its run."""
     model: Any = field(default=None, repr=False)
 
     def __repr__(self) -> str:
@@ -225,6 +229,45 @@ class Posterior:
         from pyro_seq.infer.residuals import one_step_ahead
 
         return one_step_ahead(self, num_particles)
+
+    def diagnostics(self) -> pd.DataFrame:
+        """Whether the particles can be trusted: one row per sequence and time (and run, one after the other).
+
+        ``ess``, the effective sample size; ``largest_weight``, the largest share of one particle; with ``history``,
+        ``distinct_ancestors``, how many of the particles of that time have descendants at the end, and ``pareto_k``, how heavy
+        the tail of the weights is: their variance is finite below 0.5, and their average of use up to about 0.7 (NaN where
+        too few of them differ, as with few discrete states); ``advice``, what to change, empty where nothing is wrong.
+
+        Source: Kong, Liu and Wong, *Sequential imputations and Bayesian missing data problems*, 1994; Vehtari, Simpson, Gelman,
+        Yao and Gabry, *Pareto smoothed importance sampling*, 2024.
+
+        :raises ValueError: if the method has no particles.
+
+        Example::
+
+            >>> import torch, pyro, pyro.distributions as dist
+            >>> import pyro_seq as seq
+            >>> class LocalLevel(seq.StateSpaceModel):
+            ...     def initial(self):
+            ...         return pyro.sample("z", dist.Normal(0.0, 1.0))
+            ...     def transition(self, z):
+            ...         return pyro.sample("z", dist.Normal(z, 0.1))
+            ...     def emission(self, z, x=None):
+            ...         return pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            >>> x = torch.zeros(20)
+            >>> x[11] = 9.0
+            >>> posterior = seq.ParticleFilter(LocalLevel(), 200, history=True).run(x)
+            >>> table = posterior.diagnostics()
+            >>> list(table)
+            ['sequence', 'time', 'ess', 'largest_weight', 'distinct_ancestors', 'pareto_k', 'advice']
+            >>> table.loc[table["advice"] != "", "time"].tolist()
+            [12]
+        """
+        from pyro_seq.infer.smc.diagnostics import table
+
+        if self.particles is None:
+            raise ValueError(f"{self.method} has no particles to diagnose")
+        return table(self.particles)
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per sequence, time, latent site and entry: filtered (and smoothed) mean and standard deviation."""

@@ -107,7 +107,7 @@ class RaoBlackwellisedFilter:
         split = model.split
         given = f" given {list(split.conditioning)}" if split.conditioning else ""
         return replace(found, method="Rao-Blackwellised particle filter", model=self.model, final_state=final_state,
-                       notes=(f"found linear-Gaussian in {list(split.marginal)}{given} at the points tested",))
+                       notes=(f"found linear-Gaussian in {list(split.marginal)}{given} at the points tested", *found.notes))
 
 
 class _Filter(ParticleFilter):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor
 from pyro_seq.engine.loop import Step, pad_rows
 from pyro_seq.engine.state import State, map_state
 from pyro_seq.engine.weights import Weights
+from pyro_seq.infer.smc.families import Families
 from pyro_seq.sequences import Packed
 
-__all__ = ["Measured", "Record", "values_of"]
+__all__ = ["Measured", "Record", "moments_of", "values_of"]
 
 Measured = Callable[[Step], dict[str, tuple[Tensor, Tensor | None]]]
 """By latent site, what each particle says of it, ``(rows, ...)``: a value, and a variance about it if it has one."""
@@ -26,31 +28,40 @@ def values_of(step: Step) -> dict[str, tuple[Tensor, None]]:
 
 
 class Record:
-    """Evidence, effective sample sizes, moments and final states of a run; with ``history``, every step.
+    """Evidence, effective sample sizes, families, moments and final states of a run; with ``history``, every step.
 
     Steps are handed over in packed order, and asked for in the user's.
     """
 
     def __init__(self, packed: Packed, particles: int, measured: Measured = values_of, history: bool = False):
         self.packed, self.particles, self.measured, self.history = packed, particles, measured, history
+        self.smooths_by_ancestors = history
         self.factors: list[Tensor] = []
         self.ess_found: list[Tensor] = []
+        self.largest_found: list[Tensor] = []
+        self.families: Families | None = None
+        self.errors: list[Tensor] = []
         self.means: dict[str, list[Tensor]] = {}
         self.variances: dict[str, list[Tensor]] = {}
         self.steps: list[Step] = []
         self.ended: list[tuple[State, Tensor]] = []
-        self.last: tuple[State, Tensor] | None = None
+        self.last: tuple[State, Weights] | None = None
 
     def add(self, step: Step, weights: Weights, factor: Tensor) -> None:
         """
         :param factor: ``(n,)`` log of the step's factor of the evidence.
         """
         self._set_aside(len(factor))
-        self.last = step.state, weights.normalised
+        if self.last is None:
+            self.families = Families(*weights.log.shape, weights.log.device)
+        else:
+            self.families.resample(step.ancestors, self.last[1].first(len(factor)))
+        self.last = step.state, weights
         self.factors.append(factor)
         self.ess_found.append(weights.ess)
+        self.largest_found.append(weights.normalised.amax(-1))
         for name, (value, spread) in self.measured(step).items():
-            mean, variance = _moments(weights.normalised, value, spread)
+            mean, variance = moments_of(weights.normalised, value, spread)
             self.means.setdefault(name, []).append(mean)
             self.variances.setdefault(name, []).append(variance)
         if self.history:
@@ -61,22 +72,65 @@ class Record:
 
     def evidence(self) -> Tensor:
         """``(B, T)`` log of each step's factor of the evidence; zero past a sequence's end."""
-        return pad_rows(self.factors, self.packed.counts, self.packed)
+        return self.padded(self.factors)
+
+    def standard_error(self) -> Tensor:
+        """``(B,)`` of the log evidence, NaN where one run cannot tell."""
+        return self.packed.unsort(torch.cat(self.errors[::-1]))
 
     def ess(self) -> Tensor:
-        return pad_rows(self.ess_found, self.packed.counts, self.packed)
+        """``(B, T)``"""
+        return self.padded(self.ess_found)
+
+    def largest(self) -> Tensor:
+        """``(B, T)`` the largest share of the weight that one particle has."""
+        return self.padded(self.largest_found)
 
     def moments(self) -> dict[str, tuple[Tensor, Tensor]]:
-        counts = self.packed.counts
-        return {name: (pad_rows(self.means[name], counts, self.packed), pad_rows(self.variances[name], counts, self.packed))
-                for name in self.means}
+        """By site, the mean and variance ``(B, T, ...)`` of what each time's weighted particles say of it."""
+        return {name: (self.padded(self.means[name]), self.padded(self.variances[name])) for name in self.means}
+
+    def smoothed(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """By site, the mean and variance ``(B, T, ...)`` given all of the data: here over the ancestors of the last particles,
+        with ``history``."""
+        if not self.lineage:
+            return {}
+        found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for step, weights in zip(self.steps, self.lineage, strict=True):
+            for name, (value, _) in values_of(step).items():
+                found.setdefault(name, []).append(moments_of(weights, value))
+        return {name: tuple(self.padded(list(part)) for part in zip(*moments, strict=True)) for name, moments in found.items()}
+
+    @cached_property
+    def lineage(self) -> list[Tensor]:
+        """With ``history``, ``(n, N)`` of each step: the weight of the last particles that descend from each particle. Empty
+        without, and where a transport has mixed the particles."""
+        if any(step.ancestors is not None and step.ancestors.is_floating_point() for step in self.steps):
+            return []
+        found: list[Tensor] = []
+        last = self.final_weights() if self.steps else None
+        for t in reversed(range(len(self.steps))):
+            later = found[-1] if found else last[:0]
+            if found and (ancestors := self.steps[t + 1].ancestors) is not None:
+                later = torch.zeros_like(later).scatter_add_(1, ancestors, later)
+            found.append(torch.cat([later, last[len(later):self.packed.counts[t]]]))
+        return found[::-1]
+
+    def distinct(self) -> Tensor:
+        """``(B, T)`` of each time's particles, how many have descendants among the last; needs ``history``."""
+        return self.padded([(weights > 0).sum(-1) for weights in self.lineage])
+
+    def padded(self, found: list[Tensor]) -> Tensor:
+        """``(B, T, ...)`` in the user's order of each step's ``(n, ...)``."""
+        return pad_rows(found, self.packed.counts, self.packed)
 
     def _set_aside(self, running: int) -> None:
         """Keep the particles of the sequences that end here."""
-        if self.last is not None and running < len(self.last[1]):
-            state, weights = self.last
+        if self.last is not None and running < len(self.last[1].log):
+            state, weights = self.last[0], self.last[1].normalised[running:]
             rows = slice(running * self.particles, None)
-            self.ended.insert(0, (map_state(lambda leaf: leaf[rows], state), weights[running:]))
+            self.ended.insert(0, (map_state(lambda leaf: leaf[rows], state), weights))
+            self.errors.append(self.families.standard_error(weights, slice(running, None)))
 
     def final_weights(self) -> Tensor:
         """``(B, N)`` in packed order."""
@@ -99,10 +153,10 @@ class Record:
         return sample
 
     def trajectories(self, num_samples: int) -> dict[str, Tensor]:
-        """Draws of latent paths by tracing the ancestors back.
-
-        :raises ValueError: if particles were mixed.
-        """
+        """By site, draws of latent paths ``(S, B, T, ...)``: here by tracing the ancestors back, with ``history``."""
+        if not self.lineage:
+            raise ValueError("the particles were mixed by a transport, and have no ancestors to trace: use a resampling by "
+                             "ancestors, such as 'systematic'")
         counts, out = self.packed.counts, {}
         index: Tensor | None = None
         paths: dict[str, list[Tensor]] = {}
@@ -128,7 +182,7 @@ class Record:
         return out
 
     def quantile(self, site: str, q: float | list[float]) -> Tensor:
-        like = self.last[1]
+        like = self.last[1].log
         levels = torch.as_tensor(q, dtype=like.dtype, device=like.device)
         found = []
         for step in self.steps:
@@ -146,7 +200,7 @@ class Record:
         return out[0] if levels.dim() == 0 else out
 
 
-def _moments(weights: Tensor, value: Tensor, spread: Tensor | None) -> tuple[Tensor, Tensor]:
+def moments_of(weights: Tensor, value: Tensor, spread: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """``(n, ...)`` mean and variance of values ``(n * N, ...)`` under ``(n, N)`` weights."""
     shape = (len(weights), *value.shape[1:])
     value = value.reshape(*weights.shape, -1)

@@ -1,0 +1,152 @@
+"""Smoothed sums over time, on line: the particle-based, rapid incremental smoother."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_seq.engine.loop import Step
+from pyro_seq.engine.weights import Weights
+from pyro_seq.infer.particle_filter import ParticleFilter
+from pyro_seq.infer.posterior import Posterior
+from pyro_seq.infer.smc.record import Record
+from pyro_seq.infer.smoothing.kernel import BackwardKernel, require_markov_state
+from pyro_seq.module import require_count
+from pyro_seq.sequences import Packed
+
+__all__ = ["AdditivePosterior", "Functional", "Paris"]
+
+Functional = Callable[[Any, Any, Any, Tensor], Tensor]
+"""``h(before, after, x, t)``: the latents of the step before (``None`` at the first) and of this one, the frame and the 1-based
+time ``(rows,)``, each ``(rows, ...)`` or a dict of these by site or name where there are several; returns ``(rows, ...)``."""
+
+
+@dataclass(frozen=True, repr=False)
+class AdditivePosterior(Posterior):
+    """A particle filter's posterior, with a smoothed sum."""
+
+    expectation: Tensor | None = None
+    """``(B, T, ...)``: at t, the sum over s up to t of the functional, expected given :math:`x_{1:t}`; zero past a sequence's
+    end."""
+
+
+class Paris(ParticleFilter):
+    r"""The running smoothed expectation of a sum over time, :math:`E[\sum_{s \le t} h(z_{s-1}, z_s, x_s, s) \mid x_{1:t}]`.
+
+    Each particle carries an estimate of the sum given that the path ends in it, and averages at each step over ``num_backward``
+    particles that it may have come from, drawn by :math:`W_{t-1}^j f(z_t \mid z_{t-1}^j)`. With two or more draws the variance
+    stays of the order of ``T / N``, where the genealogy's (one draw, its ancestor) is of the order of :math:`T^2 / N`; nothing
+    of the past is kept. Sufficient statistics, scores (by Fisher's identity) and smoothed moments are such sums.
+
+    It works for the models of :class:`~pyro_seq.BackwardSampler`, and refuses the others.
+
+    :param model: a declared model.
+    :param functional: ``h(before, after, x, t)``, of the latents of the step before (``None`` at the first step) and of this
+        one, the frame and the 1-based time; ``(rows, ...)`` each, dicts by site where there are several. Returns
+        ``(rows, ...)``. A frame's missing entries are NaN.
+    :param int num_particles: N.
+    :param int num_backward: draws for each particle and step.
+    :param str method: as for :class:`~pyro_seq.BackwardSampler`; with ``'rejection'`` a step costs about ``N * num_backward``
+        instead of ``N * N``.
+    :param options: those of :class:`~pyro_seq.ParticleFilter`: ``guide``, ``ess_threshold``, ``progress``.
+
+    Source: Olsson and Westerborn, *Efficient particle-based online smoothing in general hidden Markov models: the PaRIS
+    algorithm*, 2017.
+
+    Example::
+
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> import pyro_seq as seq
+        >>> class LocalLevel(seq.StateSpaceModel):
+        ...     def initial(self):
+        ...         return pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     def transition(self, z):
+        ...         return pyro.sample("z", dist.Normal(z, 0.1))
+        ...     def emission(self, z, x=None):
+        ...         return pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def squared_moves(before, after, x, t):
+        ...     return torch.zeros_like(after) if before is None else (after - before).square()
+        >>> posterior = seq.Paris(LocalLevel(), squared_moves, 200, method="rejection").run(torch.zeros(2, 30), [30, 20])
+        >>> posterior.expectation.shape
+        torch.Size([2, 30])
+    """
+
+    def __init__(self, model: Any, functional: Functional, num_particles: int = 1000, *, num_backward: int = 2,
+                 method: str = "exact", **options: Any):
+        super().__init__(model, num_particles, **options)
+        require_markov_state(model, "Paris")
+        if not callable(functional):
+            raise TypeError(f"functional is a {type(functional).__name__}; it is a function h(before, after, x, t)")
+        require_count("num_particles", num_particles, 2)
+        require_count("num_backward", num_backward, 1)
+        if self.num_runs != 1 or self.history:
+            raise ValueError("Paris makes one run and keeps nothing of the past: leave num_runs and history out")
+        if method not in ("exact", "rejection"):
+            raise ValueError(f"method={method!r}; it is 'exact' or 'rejection'")
+        self.functional, self.num_backward, self.method = functional, num_backward, method
+
+    def recorder(self, packed: Packed) -> Record:
+        return _Sums(packed, self)
+
+    def _run(self, *arguments: Any) -> AdditivePosterior:
+        found = super()._run(*arguments)
+        sums = found.particles
+        fields = {name: getattr(found, name) for name in found.__dataclass_fields__}
+        return AdditivePosterior(**fields | {"method": f"{found.method}, PaRIS"}, expectation=sums.padded(sums.expected))
+
+
+class _Sums(Record):
+    """A record that carries each particle's sum on."""
+
+    def __init__(self, packed: Packed, smoother: Paris):
+        super().__init__(packed, smoother.num_particles, smoother.measured)
+        self.smoother = smoother
+        self.kernel = BackwardKernel(smoother.model, smoother.method)
+        self.before: Step | None = None
+        self.sums: Tensor | None = None
+        """``(n, N, ...)``"""
+        self.expected: list[Tensor] = []
+
+    def add(self, step: Step, weights: Weights, factor: Tensor) -> None:
+        super().add(step, weights, factor)
+        n, particles = weights.log.shape
+        if self.before is None:
+            self.sums = self._terms(step, None, step.frame.rows).unflatten(0, (n, particles))
+        else:
+            self.kernel.check(step)
+            every = torch.arange(particles, device=weights.log.device).expand(n, particles)
+            count = self.smoother.num_backward
+            index, _ = self.kernel.draw(self.before, step, every, count)
+            row = torch.arange(n, device=index.device)[:, None, None]
+            source = (row * particles + index).reshape(-1)
+            terms = self._terms(step, source, n * particles * count)
+            self.sums = (self.sums.flatten(0, 1)[source] + terms).unflatten(0, (n, particles, count)).mean(2)
+        # No graph, no particles but the last: the step before is needed for its state, weights and latents.
+        self.before = step._replace(before=None)
+        chances = weights.normalised.reshape(n, particles, *(1,) * (self.sums.dim() - 2))
+        self.expected.append((chances * self.sums).sum(1))
+
+    def _terms(self, step: Step, source: Tensor | None, rows: int) -> Tensor:
+        """``(rows, ...)`` the functional's values, each particle of ``step`` with its ``source`` among those of the step
+        before."""
+        target = torch.arange(step.frame.rows, device=step.log_weights.device).repeat_interleave(rows // step.frame.rows)
+        before = None if source is None else _alone({name: value[source] for name, value in _latents(self.before).items()})
+        after = _alone({name: value[target] for name, value in _latents(step).items()})
+        frame = _alone({name: value[target] for name, value in step.frame.x.items()})
+        found = self.smoother.functional(before, after, frame, step.frame.time[target])
+        if not isinstance(found, Tensor) or found.shape[:1] != (rows,):
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(f"functional returned {shape} at time {step.frame.t}; it is a tensor (rows, ...) = ({rows}, ...)")
+        return found if found.is_floating_point() else found.to(step.log_weights.dtype)
+
+
+def _latents(step: Step) -> dict[str, Tensor]:
+    return {name: site.value for name, site in step.sites.items() if not site.observed}
+
+
+def _alone(values: dict[str, Tensor]) -> Any:
+    return next(iter(values.values())) if len(values) == 1 else values
