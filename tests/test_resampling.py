@@ -547,7 +547,7 @@ MISTAKES = {
     "iterations": (lambda: OptimalTransport(max_iterations=2.5), TypeError, "max_iterations=2.5 is not an integer"),
     "discrete": (lambda: filtered("optimal_transport", HiddenMarkov()), ValueError, "holds no floating numbers for Optimal"),
     "trajectories": (lambda: filtered("optimal_transport", history=True).trajectories(2), ValueError,
-                     "have no ancestors, hence no trajectories: use a resampling by ancestors"),
+                     "have no ancestors to trace: use a resampling by ancestors"),
     "path": (lambda: filtered("optimal_transport", seq.from_pyro(plain_function)), ValueError,
              "mixes the particles' states, and the state of a from_pyro model is its path"),
     "look-ahead": (lambda: OptimalTransport()(Weights.of(torch.zeros(1, 3)), torch.zeros(3), torch.zeros(1, 3)), ValueError,
