@@ -68,10 +68,11 @@ class SequentialModule(PyroModule):
 
     @pyro_method
     def within(self, fn: Callable[..., Any], *args: Any, globals: Mapping[str, Tensor] | None = None,
-               **kwargs: Any) -> Any:
+               attributes: Mapping[str, Tensor] | None = None, **kwargs: Any) -> Any:
         """Run ``fn(*args, **kwargs)`` with this call's parameters and global parameters in place.
 
         :param globals: values of global sites drawn elsewhere (by a guide); they are not sampled again.
+        :param attributes: values of this module's own parameters, by attribute, to be read in their place.
         """
         if self.__dict__["_values"] is not None:
             return fn(*args, **kwargs)
@@ -82,7 +83,7 @@ class SequentialModule(PyroModule):
         else:
             with poutine.block(hide=list(globals)), poutine.condition(data=dict(globals)):
                 values = self._read()
-        self.__dict__["_values"] = values
+        self.__dict__["_values"] = {**values, **(attributes or {})}
         try:
             return fn(*args, **kwargs)
         finally:

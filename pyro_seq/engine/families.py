@@ -171,14 +171,15 @@ class Family:
         """
         if self.inner is not None:
             return self.inner.unit(fn.base_dist)
-        unit = torch.ones(fn.batch_shape[0], self.width, dtype=self._leaf(fn).dtype, device=self._leaf(fn).device)
-        slices = self.slices()
-        if "loc" in slices:
-            if "scale" in slices:
-                unit[:, slices["loc"]] = fn.scale.detach().reshape(unit.shape[0], -1)
-            elif "scale_tril" in slices:
-                unit[:, slices["loc"]] = fn.variance.detach().sqrt().reshape(unit.shape[0], -1)
-        return unit
+        rows, like, parts = fn.batch_shape[0], self._leaf(fn), []
+        for argument, size in zip(self.arguments, self.sizes, strict=True):
+            if argument == "loc" and "scale" in self.arguments:
+                parts.append(fn.scale.detach().reshape(rows, -1))
+            elif argument == "loc" and "scale_tril" in self.arguments:
+                parts.append(fn.variance.detach().sqrt().reshape(rows, -1))
+            else:
+                parts.append(torch.ones(rows, size, dtype=like.dtype, device=like.device))
+        return torch.cat(parts, -1)
 
     def _leaf(self, fn: Distribution) -> Tensor:
         return getattr(fn, next(iter(self.arguments)))

@@ -22,7 +22,7 @@ from pyro_seq.engine.families import expand_rows, has_moving_support, in_support
 from pyro_seq.engine.missing import FrozenRows, SomeEntries, fill, require_imputable, score_entries
 from pyro_seq.sequences import Frame
 
-__all__ = ["LatentsDrawn", "Proposal", "PyroSites", "Site", "StepSites", "check_support", "draw"]
+__all__ = ["GuideSites", "LatentsDrawn", "Proposal", "PyroSites", "Site", "StepSites", "check_support", "draw"]
 
 Proposal = Callable[[str, Distribution], tuple[Distribution | None, Tensor | None]]
 """Given a latent site and its prior: the distribution to draw it from (``None``: the prior) and, where it is drawn
@@ -145,6 +145,21 @@ class StepSites(Messenger):
             self.stop_after -= 1
             if self.stop_after == 0:
                 raise LatentsDrawn
+
+
+class GuideSites(StepSites):
+    """The step of a guide that draws there itself, handed to its ``propose`` to draw as ``proposal`` says.
+
+    Later draws of the step are thus given the values of the earlier ones.
+    """
+
+    @property
+    def drawn(self) -> dict[str, tuple[Distribution, Tensor]]:
+        return {name: (site.p, site.value) for name, site in self.latents.items()}
+
+    @property
+    def observed(self) -> list[str]:
+        return [name for name, site in self.sites.items() if site.observed]
 
 
 class PyroSites(Messenger):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from pyro_seq.guide import PriorGuide
 from pyro_seq.infer.posterior import BIASED, UNBIASED, Moments, Posterior
 from pyro_seq.infer.run import Stopwatch, entered, refuse_scaled
 from pyro_seq.infer.smc import diagnostics
+from pyro_seq.infer.smc.many import log_evidence_at
 from pyro_seq.infer.smc.population import LookAhead, Population
 from pyro_seq.infer.smc.record import Record, values_of
 from pyro_seq.infer.smc.stream import ParticleStream
@@ -104,6 +106,43 @@ class ParticleFilter:
     def stream(self) -> ParticleStream:
         """A filter for data as it comes, in constant memory."""
         return ParticleStream(self)
+
+    def log_evidence_at(self, parameters: Mapping[str, Tensor], x: Any, lengths: Any = None, *, mask: Any = None,
+                        chunk_size: int | None = None, **covariates: Any) -> Tensor:
+        """Filter a batch once for each of M parameter values, all of them in one pass.
+
+        Each value has its own particles, weights and ancestors, so that the evidences are independent and each is unbiased.
+        The step is run over the values by ``torch.func.vmap``; a step that this cannot map is an error that says where.
+
+        :param parameters: values ``(M, ...)`` of all global parameters (``PyroSample``), and of parameters that are attributes
+            of the model, by name.
+        :param x: data, as ``lengths``, ``mask`` and ``covariates`` as for :meth:`run`.
+        :param chunk_size: values in one pass; 1 runs one after the other, for which any step will do.
+        :returns: ``(M, B)`` log evidence, minus infinity where all particles have weight zero.
+
+        Example::
+
+            >>> import torch, pyro, pyro.distributions as dist
+            >>> import pyro_seq as seq
+            >>> class Autoregression(seq.StateSpaceModel):
+            ...     def __init__(self):
+            ...         super().__init__()
+            ...         self.phi = pyro.nn.PyroSample(dist.Uniform(-1.0, 1.0))
+            ...     def initial(self):
+            ...         return pyro.sample("z", dist.Normal(0.0, 1.0))
+            ...     def transition(self, z):
+            ...         return pyro.sample("z", dist.Normal(self.phi * z, 1.0))
+            ...     def emission(self, z, x=None):
+            ...         return pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            >>> method = seq.ParticleFilter(Autoregression(), num_particles=100)
+            >>> method.log_evidence_at({"phi": torch.linspace(-0.9, 0.9, 7)}, torch.zeros(2, 10)).shape
+            torch.Size([7, 2])
+        """
+        if self.num_runs != 1:
+            raise ValueError("log_evidence_at runs one filter a value: make the ParticleFilter with num_runs=1, and repeat the "
+                             "values")
+        sequences = Sequences.of(x, lengths, mask=mask, covariates=covariates)
+        return log_evidence_at(self, parameters, sequences, chunk_size)
 
     def population(self, guide: Any) -> Population:
         """What happens to the particles between steps."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_seq.engine.loop import Step, forward
-from pyro_seq.engine.sites import Proposal, StepSites, draw
+from pyro_seq.engine.sites import GuideSites, Proposal, StepSites, draw
 from pyro_seq.engine.state import State, leaves
 from pyro_seq.engine.weights import Weights
 from pyro_seq.guide import PriorGuide
@@ -180,7 +180,8 @@ class _AlongPath:
         return getattr(self.guide, name)
 
     def propose(self, state: State, frame: Frame, encoding: Any) -> Proposal:
-        inner = self.guide.propose(state, frame, encoding, _SitesOnPath(frame, self.path))
+        inner = self.guide.propose(state, frame, encoding, GuideSites(
+            frame, lambda name, fn: (None, self.path.put(name, draw(fn, name, frame), frame))))
 
         def proposal(name: str, prior: Any) -> tuple[Any, Tensor]:
             q, value = inner(name, prior)
@@ -189,21 +190,6 @@ class _AlongPath:
         if hasattr(inner, "check_all_used"):
             proposal.check_all_used = inner.check_all_used
         return proposal
-
-
-class _SitesOnPath(StepSites):
-    """For guides that draw within their own step: later draws there are given the path's value of the earlier ones."""
-
-    def __init__(self, frame: Frame, path: _Path):
-        super().__init__(frame, lambda name, fn: (None, path.put(name, draw(fn, name, frame), frame)))
-
-    @property
-    def drawn(self) -> dict[str, tuple[Any, Tensor]]:
-        return {name: (site.p, site.value) for name, site in self.latents.items()}
-
-    @property
-    def observed(self) -> list[str]:
-        return [name for name, site in self.sites.items() if site.observed]
 
 
 class _Conditional(Population):
