@@ -254,18 +254,20 @@ def test_figures_show_the_table():
     plt.close("all")
 
 
+def filtered(particles, **options):
+    return seq.ParticleFilter(LocalLevel(), particles, **options).run(torch.zeros(3))
+
+
 FIGURES = {
     "no particles": (lambda: seq.plot.plot_diagnostics(seq.KalmanFilter(LocalLevel()).run(torch.zeros(3))),
                      "Kalman filter has no particles to draw"),
-    "no history": (lambda: seq.plot.plot_genealogy(seq.ParticleFilter(LocalLevel(), 20).run(torch.zeros(3))),
+    "no history": (lambda: seq.plot.plot_genealogy(filtered(20)),
                    "kept no ancestors to draw: use ParticleFilter\\(history=True\\)"),
-    "too many": (lambda: seq.plot.plot_genealogy(seq.ParticleFilter(LocalLevel(), 600, history=True).run(torch.zeros(3))),
+    "too many": (lambda: seq.plot.plot_genealogy(filtered(600, history=True)),
                  "600 particles cannot be told apart"),
-    "no such site": (lambda: seq.plot.plot_genealogy(seq.ParticleFilter(LocalLevel(), 20, history=True).run(torch.zeros(3)),
-                                                         "k"),
+    "no such site": (lambda: seq.plot.plot_genealogy(filtered(20, history=True), "k"),
                      "no latent site 'k' that the particles hold; there are \\['z'\\]"),
-    "no such sequence": (lambda: seq.plot.plot_diagnostics(seq.ParticleFilter(LocalLevel(), 20).run(torch.zeros(3)),
-                                                              sequence=1),
+    "no such sequence": (lambda: seq.plot.plot_diagnostics(filtered(20), sequence=1),
                          "sequence=1: there are 1"),
 }
 

@@ -10,7 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from models import VRNN, HiddenMarkov, LocalLevel, TwoSites, linear_gaussian
+from models import VRNN, Driven, HiddenMarkov, LocalLevel, TwoSites, linear_gaussian
 
 import pyro_seq as seq
 from pyro_seq.engine.loop import forward
@@ -108,6 +108,16 @@ def test_every_density_of_the_step_counts(name):
     exact = seq.KalmanFilter(model).run(x)
     found = SMOOTHERS[name](model).run(*copies(x, [6], 500))
     mean, error = weighed(found.log_evidence, found.smoothed["z"].mean, 1)
+    agree(mean, error, exact.smoothed["z"].mean, exact.sequences.active)
+
+
+@pytest.mark.parametrize("name", SMOOTHERS)
+def test_covariates_go_with_their_rows(name):
+    model = Driven()
+    x, u = torch.randn(2, 5), torch.randn(2, 5, 2)
+    exact = seq.KalmanFilter(model).run(x, [5, 3], u=u)
+    found = SMOOTHERS[name](model).run(*copies(x, [5, 3], 300), u=u.repeat_interleave(300, 0))
+    mean, error = weighed(found.log_evidence, found.smoothed["z"].mean, 2)
     agree(mean, error, exact.smoothed["z"].mean, exact.sequences.active)
 
 

@@ -103,8 +103,7 @@ def plot_genealogy(posterior: Any, site: str | None = None, sequence: int = 0, a
 
     record = _require_particles(posterior, sequence, history=True)
     if record.particles > _CROWD:
-        raise ValueError(f"{record.particles} particles cannot be told apart: filter with at most {_CROWD}, or see "
-                         "plot_diagnostics")
+        raise ValueError(f"{record.particles} particles cannot be told apart: use at most {_CROWD}, or plot_diagnostics")
     sites = [name for name, found in record.steps[0].sites.items() if not found.observed]
     site = sites[0] if site is None else site
     if site not in sites:

@@ -51,10 +51,10 @@ class Families:
             self.eve = None
             return
         moved = (ancestors != torch.arange(particles, device=ancestors.device)).any(-1)
-        expected = weights.normalised.double()
-        copies = torch.zeros_like(expected).scatter_add_(1, ancestors, torch.ones_like(expected))
-        apart = 1 - expected.square().sum(-1)
-        scatter = (copies - particles * expected).square().sum(-1)
+        chances = weights.normalised
+        copies = torch.zeros_like(chances).scatter_add_(1, ancestors, torch.ones_like(chances))
+        apart = 1 - chances.square().sum(-1).double()
+        scatter = copies.sub_(chances, alpha=particles).square_().sum(-1).double()
         # More scatter than independent draws have is not chance but favour, by a look-ahead, and says nothing of it.
         independent = particles * apart
         scatter = torch.where(scatter > 1.5 * independent, independent, scatter)
