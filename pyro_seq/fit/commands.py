@@ -22,28 +22,36 @@ filter with the guide as its proposal, in nats per frame; all frames scored, pad
 
 _TRAINING = {  # options of pyro_seq.fit that the command has as its own, with their defaults
     "epochs": 100, "batch_size": 20, "learning_rate": 3e-3, "schedule": "cosine", "warmup": 50, "clip": 5.0,
-    "weight_decay": 0.0, "averaging": 0.99, "kl_annealing": 20, "window": None, "normalise": "data", "every": 1,
+    "weight_decay": 0.0, "averaging": 0.99, "window": None, "normalise": "data", "every": 1,
     "patience": None}
 _CHOICES = {"schedule": ("cosine", "constant"), "normalise": ("data", "batch")}
 _DATA = ("jsb", "nottingham", "musedata", "piano_midi")
-_SETTINGS = {"model", "guide", "data", "checksums", "model_options", "guide_options", "training"}
+_ANNEALING = 20  # of the ELBO; for the other losses there is none
+_SETTINGS = {"model", "guide", "loss", "num_particles", "data", "checksums", "model_options", "guide_options", "loss_options",
+             "training"}
 
 
 def add_commands(commands: Any) -> None:
     """Add both commands to a parser's subparsers."""
-    from pyro_seq.fit.registry import GUIDES, MODELS
+    from pyro_seq.fit.registry import GUIDES, LOSSES, MODELS
 
     fit = commands.add_parser("fit", help="train a model on piano rolls", description=_FIT,
                               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     fit.add_argument("--model", choices=sorted(MODELS), default="dmm", help="the model")
     fit.add_argument("--guide", choices=sorted(GUIDES), default="own", help="its guide; own is the published inference")
+    fit.add_argument("--loss", choices=sorted(LOSSES), default="elbo", help="the bound that is raised")
+    fit.add_argument("--num-particles", type=int, default=1, metavar="N", help="of the loss")
     fit.add_argument("--data", default="jsb", metavar="NAME|FOLDER",
                      help=f"{', '.join(_DATA)}, or a folder of MIDI files")
     fit.add_argument("--output", type=Path, default=argparse.SUPPRESS, metavar="FOLDER",
-                     help="of the run (default: runs/DATA-MODEL-GUIDE)")
+                     help="of the run (default: runs/DATA-MODEL-GUIDE, and -LOSS-PARTICLES if not the ELBO of one)")
     fit.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="one training run each")
     fit.add_argument("--model-option", action=_Option, default={}, metavar="NAME=VALUE", help="e.g. latent=32; repeatable")
     fit.add_argument("--guide-option", action=_Option, default={}, metavar="NAME=VALUE", help="e.g. iterations=2; repeatable")
+    fit.add_argument("--loss-option", action=_Option, default={}, metavar="NAME=VALUE",
+                     help="e.g. ess_threshold=1.0; repeatable")
+    fit.add_argument("--kl-annealing", type=int, default=argparse.SUPPRESS, metavar="N",
+                     help=f"see pyro_seq.fit (default: {_ANNEALING} for the ELBO, which alone can be annealed)")
     for name, default in _TRAINING.items():
         fit.add_argument("--" + name.replace("_", "-"), type=int if default is None else type(default), default=default,
                          metavar=None if name in _CHOICES else "N", choices=_CHOICES.get(name), help="see pyro_seq.fit")
@@ -123,14 +131,22 @@ def _fit(given: argparse.Namespace) -> int:
     import torch
 
     from pyro_seq.fit.parallel import launched, rank
+    from pyro_seq.fit.registry import make_loss
     from pyro_seq.fit.train import fit
 
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # On tensors this small, several threads mostly wait for each other.
     _check(given)
-    settings = {"model": given.model, "guide": given.guide, "data": given.data, "model_options": given.model_option,
-                "guide_options": given.guide_option, "training": {name: getattr(given, name) for name in _TRAINING}}
-    folder = getattr(given, "output", Path("runs") / f"{Path(given.data).resolve().name}-{given.model}-{given.guide}")
+    annealing = getattr(given, "kl_annealing", _ANNEALING if given.loss == "elbo" else 0)
+    settings = {"model": given.model, "guide": given.guide, "loss": given.loss, "num_particles": given.num_particles,
+                "data": given.data, "model_options": given.model_option, "guide_options": given.guide_option,
+                "loss_options": given.loss_option,
+                "training": {"kl_annealing": annealing, **{name: getattr(given, name) for name in _TRAINING}}}
+    loss = make_loss(given.loss, given.num_particles, given.loss_option)
+    name = f"{Path(given.data).resolve().name}-{given.model}-{given.guide}"
+    if (given.loss, given.num_particles) != ("elbo", 1):
+        name += f"-{given.loss}-{given.num_particles}"
+    folder = getattr(given, "output", Path("runs") / name)
     with launched(torch.device(given.device)):
         data = _load(given.data)  # before the folder is made: a name may be misspelt
         settings["checksums"] = _checksums(data)
@@ -138,7 +154,7 @@ def _fit(given: argparse.Namespace) -> int:
         _claim(folder, settings)
         for seed in given.seeds:
             model, guide = _build(settings, data, given.device, seed)
-            result = fit(model, guide, data.train.to(given.device), valid=data.valid.to(given.device), seed=seed,
+            result = fit(model, guide, data.train.to(given.device), valid=data.valid.to(given.device), loss=loss, seed=seed,
                          checkpoint=folder / f"seed-{seed}.ckpt", **settings["training"])
             if rank() == 0:
                 result.history.to_csv(folder / f"seed-{seed}.csv", index=False)
@@ -198,6 +214,7 @@ def _evaluate(given: argparse.Namespace) -> int:
     import pandas as pd
 
     from pyro_seq.fit.evaluate import evaluate
+    from pyro_seq.fit.registry import make_loss
     from pyro_seq.fit.train import restore
 
     _check(given)
@@ -219,7 +236,8 @@ def _evaluate(given: argparse.Namespace) -> int:
         tables[seed] = table.assign(epoch=result.best_epoch)
     table = pd.concat(tables, names=["seed", "bound"])
     print(f"\n{settings['model']} with guide {settings['guide']} on {settings['data']}, {given.split} split. Negative log "
-          "likelihood in nats per frame,\nbounded from above: all frames scored, the first from an empty past.\n")
+          "likelihood in nats per frame,\nbounded from above: all frames scored, the first from an empty past.")
+    print(f"Trained by {make_loss(settings['loss'], settings['num_particles'], settings['loss_options'])}.\n")
     print(table.to_string(float_format="{:.4f}".format))
     if len(tables) > 1:
         values = table["nats per frame"].groupby("bound", sort=False)

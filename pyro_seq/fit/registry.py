@@ -1,4 +1,4 @@
-"""Models and guides by name, for the command line."""
+"""Models, guides and losses by name, for the command line."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from typing import Any
 
 from pyro_seq.guides.avf import AmortizedVariationalFilter
 from pyro_seq.guides.recurrent import FilteringGuide, SmoothingGuide
+from pyro_seq.infer.elbo import SequentialELBO
+from pyro_seq.infer.fivo import FIVO
+from pyro_seq.infer.iwae import IWAE
+from pyro_seq.infer.loss import SequenceLoss
+from pyro_seq.infer.wake_sleep import ReweightedWakeSleep
 from pyro_seq.models import (
     SRNN,
     VRNN,
@@ -18,7 +23,7 @@ from pyro_seq.models import (
     VRNNInference,
 )
 
-__all__ = ["GUIDES", "MODELS", "make_guide", "make_model"]
+__all__ = ["GUIDES", "LOSSES", "MODELS", "make_guide", "make_loss", "make_model"]
 
 MODELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "dmm": (DeepMarkovModel, StructuredInference),
@@ -31,6 +36,9 @@ MODELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 GUIDES: dict[str, Callable[..., Any] | None] = {
     "own": None, "filtering": FilteringGuide, "smoothing": SmoothingGuide, "avf": AmortizedVariationalFilter}
 """Guides that work with any model, and ``own``: the model's published inference."""
+
+LOSSES: dict[str, Callable[..., SequenceLoss]] = {
+    "elbo": SequentialELBO, "fivo": FIVO, "iwae": IWAE, "wake-sleep": ReweightedWakeSleep}
 
 
 def make_model(name: str, observed: int, options: Mapping[str, Any]) -> Any:
@@ -63,6 +71,18 @@ def make_guide(name: str, model: Any, options: Mapping[str, Any], like: Any = No
         return kind(model, **options)
     _refuse_unknown(kind, options, {"model", "name", "like", "encoder", "global_guide"})
     return kind(model, like=like, **options)
+
+
+def make_loss(name: str, num_particles: int, options: Mapping[str, Any]) -> SequenceLoss:
+    """A loss.
+
+    Example::
+
+        >>> make_loss("fivo", 4, {"ess_threshold": 1.0})
+        FIVO(num_particles=4, ess_threshold=1.0, resampling='systematic', resampling_gradient=False)
+    """
+    _refuse_unknown(LOSSES[name], options, {"num_particles", "kl_weight"})
+    return LOSSES[name](num_particles, **options)
 
 
 def _refuse_unknown(kind: Callable[..., Any], options: Mapping[str, Any], ours: set[str]) -> None:

@@ -24,6 +24,7 @@ from pyro_seq.fit.batches import bucketed, epoch_generator, windows
 from pyro_seq.fit.checkpoint import load_checkpoint, save_checkpoint
 from pyro_seq.fit.parallel import agreed, rank, share, sum_gradients, world_size
 from pyro_seq.infer.elbo import SequentialELBO
+from pyro_seq.infer.loss import SequenceLoss
 from pyro_seq.module import own_parameters, require_count, require_guide, require_model
 from pyro_seq.sequences import Sequences
 
@@ -69,7 +70,7 @@ def fit(model: Any, guide: Any, train: Any, *, valid: Any = None, also: Mapping[
     :param float averaging: decay, per update, of the exponential moving average of the weights that is evaluated and kept
         (Polyak and Juditsky, *Acceleration of Stochastic Approximation by Averaging*, 1992); 0 for none.
     :param int kl_annealing: epochs over which the weight of the latent terms rises from 0 to 1 (Bowman et al., *Generating
-        Sentences from a Continuous Space*, 2016).
+        Sentences from a Continuous Space*, 2016); for the ELBO alone.
     :param int window: steps between updates within a batch, for long sequences: the state is carried on, the gradient is
         not. Whole sequences when omitted.
     :param str normalise: what an update's loss is divided by. ``"data"``: the epoch's mean number of frames per update, so
@@ -78,7 +79,9 @@ def fit(model: Any, guide: Any, train: Any, *, valid: Any = None, also: Mapping[
         update with few others, in batches of short sequences and in the last windows.
     :param int every: epochs between evaluations.
     :param int patience: evaluations without a better ``valid`` after which training stops.
-    :param loss: a :class:`~pyro_seq.SequentialELBO`, the default.
+    :param loss: a :class:`~pyro_seq.SequentialELBO`, the default, :class:`~pyro_seq.IWAE`, :class:`~pyro_seq.FIVO` or
+        :class:`~pyro_seq.ReweightedWakeSleep`. ``train``, ``valid`` and the others are minus its own bound, of its own
+        number of particles. Over windows the weights are carried on too.
     :param int seed: of the batches and of all noise; the weights that model and guide start from are theirs.
     :param checkpoint: a file that holds the run; if it exists, the run goes on from it.
     :raises ValueError: when the bound, its gradient or a weight is not finite (the checkpoint keeps the last epoch), the
@@ -129,8 +132,15 @@ def fit(model: Any, guide: Any, train: Any, *, valid: Any = None, also: Mapping[
     if patience is not None and valid is None:
         raise ValueError("patience= counts evaluations on valid=, which was not given")
     loss = SequentialELBO() if loss is None else loss
-    if not hasattr(loss, "window_loss"):
-        raise TypeError(f"loss is a {type(loss).__name__}; fit takes a SequentialELBO: for others use pyro.infer.SVI")
+    if not isinstance(loss, SequenceLoss):
+        raise TypeError(f"loss is a {type(loss).__name__}; fit takes a SequentialELBO, IWAE, FIVO or ReweightedWakeSleep: for "
+                        "others use pyro.infer.SVI")
+    if kl_annealing and not isinstance(loss, SequentialELBO):
+        raise ValueError(f"kl_annealing={kl_annealing} weighs the latent terms of the ELBO, and a bound by weights, here the "
+                         f"{loss.kind}, has none apart: leave kl_annealing=0")
+    if window is not None and getattr(loss, "sleep", 0) > 0:
+        raise ValueError(f"window={window} with {loss!r}, whose sleep phase dreams whole sequences: train without window=, or "
+                         "with sleep=0")
     if drawn := model.global_sites():
         raise ValueError(f"{type(model).__name__} has the global parameters {drawn}, whose terms belong to the whole data set "
                          "and not to each batch: train it with pyro.infer.SVI and plate_size=, or make them parameters")
@@ -152,8 +162,7 @@ def fit(model: Any, guide: Any, train: Any, *, valid: Any = None, also: Mapping[
                     warmup=int(warmup), clip=float(clip), weight_decay=float(weight_decay), averaging=float(averaging),
                     kl_annealing=int(kl_annealing), window=int(window or 0), normalise=normalise, every=int(every),
                     patience=int(patience or 0), seed=int(seed), processes=world_size(),
-                    loss=[type(loss).__name__, loss.num_particles, loss.analytic_kl, float(loss.kl_weight),
-                          float(loss.free_bits)],
+                    loss=[type(loss).__name__, *loss.options().values()],
                     data=[[name, part.num_sequences, int(part.lengths.sum()), checksum(part)] for name, part in
                           {"train": train, **held_out}.items()])
     run = _Run(model, guide, loss, settings)
