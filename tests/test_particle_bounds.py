@@ -439,7 +439,7 @@ def test_wake_gradients_of_many_particles(filtered):
     if not filtered:
         exact = seq.ForwardBackward(model).log_evidence(x[None]).sum()
         torch.testing.assert_close(expected[:8], flat(exact, model))
-    loss = seq.ReweightedWakeSleep(1000, ess_threshold=filtered.item())
+    loss = seq.ReweightedWakeSleep(1000, ess_threshold=float(filtered))
     mean, error = gradient_estimate(loss, model, guide, x, groups=25, copies=20)
     print((mean - expected) / error, error)
     assert ((mean - expected).abs() < 4.5 * error + 1e-3).all()
