@@ -321,6 +321,28 @@ def flat_level(seed):
     return seq.KalmanFilter(FlatLevel()), (x, lengths), {}
 
 
+def test_m_steps_go_no_further_than_they_need(monkeypatch):
+    """What is below the tolerance of the whole is not searched for: a few evaluations where the last iteration was near."""
+    counts = []
+
+    def counted(fn, *args, **kwargs):
+        counts.append(0)
+
+        def each(vector):
+            counts[-1] += 1
+            return fn(vector)
+
+        return maximise(each, *args, **kwargs)
+
+    monkeypatch.setattr("pyro_seq.infer.em.maximise", counted)
+    torch.manual_seed(0)
+    at = {"mean": [-1.0, 1.0], "ar": [0.5], "scale": 0.7}
+    model = seq.models.MarkovSwitchingAutoregression(2, order=1, coefficients=at).double()
+    with pytest.warns(UserWarning, match="raise num_iterations"):
+        seq.expectation_maximization(seq.ForwardBackward(model), torch.randn(1, 12, dtype=torch.float64), num_iterations=3)
+    assert max(counts[1:]) < 20
+
+
 @pytest.mark.parametrize("make", [random_linear, flat_level, random_hmm])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_fisher_identity(make, seed):
