@@ -140,12 +140,12 @@ class Pendulum(seq.StateSpaceModel):
 
     def __init__(self, scale=0.3, gravity=9.8, uneven=0.1, angle=1.5, name=""):
         super().__init__(name)
-        self.uneven, self.first = uneven, torch.tensor([angle, 0.0])
+        self.uneven, self.origin = uneven, torch.tensor([angle, 0.0])
         self.scale = nn.Parameter(torch.tensor(scale))
         self.gravity = nn.Parameter(torch.tensor(gravity))
 
     def initial(self):
-        return pyro.sample("z", dist.Normal(self.first, 0.3).to_event(1))
+        return pyro.sample("z", dist.Normal(self.origin, 0.3).to_event(1))
 
     def transition(self, z):
         return pyro.sample("z", dist.Normal(self.moved(z), self.spread(z)).to_event(1))
