@@ -1,6 +1,7 @@
 """Particle filters fed one frame at a time: the numbers of the whole run, snapshots, mistakes."""
 
 import io
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from pyro import poutine
 from torch import Tensor
 
 import pyro_seq as seq
-from pyro_seq.models import DeepMarkovModel, StructuredInference, VRNNInference
+from pyro_seq.models import DeepMarkovModel, StochasticVolatility, StructuredInference, VRNNInference
 
 
 class Halfway(seq.SequentialGuide):
@@ -228,6 +229,36 @@ def test_a_stream_is_constant_memory_and_leaves_the_parameter_store_alone():
             leaf.untyped_storage().nbytes() for leaf in (stream._state, stream._log_weights)))
     assert len(set(sizes)) == 1
     assert not list(pyro.get_param_store())
+
+
+def resident():
+    """Bytes of memory that the process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory held from /proc")
+def test_a_million_streamed_steps_of_a_hundred_particles_hold_no_more_memory():
+    stream = seq.ParticleFilter(StochasticVolatility(), 100).stream()
+    x = torch.randn(1000, 1)
+    for k in range(1_000_000):
+        stream.update(x[k % 1000])
+        if k == 20_000:
+            before = resident()
+    assert stream.time == 1_000_000 and stream.log_evidence.isfinite().all()
+    assert resident() < before + 10e6  # ten bytes a step would be as much
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory held from /proc")
+def test_a_million_particles_for_a_hundred_steps_hold_no_more_memory():
+    method = seq.ParticleFilter(StochasticVolatility(), 1_000_000)
+    x = torch.randn(1, 100)
+    method.run(x[:, :10])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    method.run(x)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # kilobytes
+    assert grown < 90 * 4_000 / 3  # a number a particle for every third of the further steps would be as much
 
 
 def test_masked_whole_numbers():
