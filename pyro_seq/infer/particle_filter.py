@@ -36,10 +36,10 @@ class ParticleFilter:
     .. math:: \hat p(x_{1:T}) = \prod_t \sum_i W_{t-1}^i \, w_t^i
 
     is unbiased, unless ``resampling`` is not; its logarithm is biased low. The standard error of one run is that of
-    :class:`~pyro_seq.infer.smc.families.Families`, from the variance of Lee and Whiteley: unbiased for multinomial resampling at
-    every step, an approximation otherwise (its variance was up to a half too small where tested), and NaN for series so long that
-    one run cannot tell; that of several runs is of their spread, which is the one to rely on. :meth:`Posterior.diagnostics` says whether the particles can be trusted, and
-    ``notes`` what is wrong where they cannot.
+    :class:`~pyro_seq.infer.smc.families.Families`, from the variance of Lee and Whiteley: unbiased for multinomial resampling
+    at every step, an approximation otherwise (its variance was up to a half too small where tested), and NaN for series so long
+    that one run cannot tell; that of several runs is of their spread, which is the one to rely on.
+    :meth:`Posterior.diagnostics` says whether the particles can be trusted, and ``notes`` what is wrong where they cannot.
 
     :param model: a declared model.
     :param int num_particles: N.

@@ -21,10 +21,10 @@ class Families:
 
     where :math:`O_i` of the resampled particles are copies of particle i. Multinomial resampling has
     :math:`E c_r \approx N/(N-1)`, with which the estimate is that of Lee and Whiteley, unbiased for the variance over the
-    squared evidence. Schemes of less scatter merge fewer families, and :math:`c_r` is nearer to one. That correction is a heuristic
-    of this library, not theirs; for such schemes, and for resampling at times that depend on the weights, the estimate is an
-    approximation, which was too small by up to a half where tested. What it costs is ``O(N)``, whatever the number of
-    steps.
+    squared evidence. Schemes of less scatter merge fewer families, and :math:`c_r` is nearer to one. That correction is a
+    heuristic of this library, not theirs; for such schemes, and for resampling at times that depend on the weights, the
+    estimate is an approximation, which was too small by up to a half where tested. What it costs is ``O(N)``, whatever the
+    number of steps.
 
     The particles of a long series have few first ancestors left, and then nothing can be said.
 
