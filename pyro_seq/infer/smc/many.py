@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, TransformedDistribution
 
 from pyro_seq.engine.families import sample
-from pyro_seq.engine.loop import Checked, select, step_log_weight, weighted_step
+from pyro_seq.engine.loop import Checked, Step, select, step_log_weight, weighted_step
 from pyro_seq.engine.sites import GuideSites, Proposal, StepSites
 from pyro_seq.engine.state import State, by_step, map_state
 from pyro_seq.engine.weights import Weights
 from pyro_seq.guide import PriorGuide
+from pyro_seq.infer.run import refuse_scaled
 from pyro_seq.module import own_parameters, require_count
 from pyro_seq.sequences import Frame, Sequences, first_rows, repeat_rows
 
@@ -160,7 +161,8 @@ class ManyParticles:
                 raise ValueError(f"parameters[{name!r}] has shape {tuple(value.shape)}; one value of it is of shape {shape}, "
                                  f"so that M of them are {(len(value), *shape)}")
         with torch.random.fork_rng([frame.device] if frame.device.type == "cuda" else []):
-            self._at(0, lambda: weighted_step(model, self.guide, model.begin(frame), frame, encoding))
+            sites, after, _ = self._at(0, lambda: weighted_step(model, self.guide, model.begin(frame), frame, encoding))
+        refuse_scaled(model, Step(frame, sites, None, after, None, None, None))
 
     def _alone(self, frame: Frame, encoding: Any, state: State) -> tuple[State, Tensor]:
         model = self.method.model
