@@ -26,10 +26,12 @@ class KalmanGuide(NoiseGuide):
     For each particle the emission is linearised about the mean of the step's prior (``"extended"``) or put through sigma points
     of it (``"unscented"``), and the prior is conditioned on the frame. Where the latents are Gaussian given the state and the
     emission is linear in them with a covariance that does not depend on them, this is the locally optimal proposal itself. A
-    frame without data, or in the directions that it says nothing about, gets the prior. So does an emission whose mean does
-    not depend on the latents, as that of a stochastic volatility model: transform the data (to log squares) to gain there. As
-    in :class:`~pyro_seq.ExtendedKalmanFilter`, of emissions that are not Gaussian mean and variance are matched. The weights of
-    the particle filter repair what the approximation gets wrong.
+    frame without data, or in the directions that it says nothing about, gets the prior. So does an emission whose mean does not
+    depend on the latents, as that of a stochastic volatility model: transform the data (to log squares) to gain there. As in
+    :class:`~pyro_seq.ExtendedKalmanFilter`, of emissions that are not Gaussian mean and variance are matched. The weights of
+    the particle filter repair what the approximation gets wrong, as long as it is wide enough: ``"extended"`` linearises once,
+    at the prior's mean, and where the emission is much curved over the prior, as of counts of an exponential rate, it
+    overshoots and is narrow, which loses more than it gains. ``"unscented"`` does not, there.
 
     :param model: a declared model whose latents are Normal or MultivariateNormal given the state, any number of them.
     :param str kind: ``"extended"`` or ``"unscented"`` (cubature points, or ``3 - n`` where that is not negative: see

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 
 import numpy as np
@@ -51,7 +52,7 @@ def notes(record: Record, batch: int) -> tuple[str, ...]:
     useless = (alone.sum(1) > 0.5 * active.sum(1)) & (active.sum(1) > 1)
     if useless.any():
         warnings.warn(f"one of {record.particles} particles has all the weight at most times of sequence "
-                      f"{int(useless.nonzero()[0]) % batch}: the answer is of no use; {_MORE}", stacklevel=2)
+                      f"{int(useless.nonzero()[0]) % batch}: the answer is of no use; {_MORE}", stacklevel=_level_of_caller())
     if record.smooths_by_ancestors and record.lineage:
         few = (record.distinct() < min(_FEW_ANCESTORS, record.particles / 2)) & active
         if few.any():
@@ -61,6 +62,14 @@ def notes(record: Record, batch: int) -> tuple[str, ...]:
                          f"distinct particles up to time {time} of sequence {b % batch}: use BackwardSampler or "
                          "FixedLagSmoother")
     return tuple(found)
+
+
+def _level_of_caller() -> int:
+    """For ``stacklevel``: how far up the line is that called the library."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("pyro_seq", "pyro"):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def table(record: Record) -> pd.DataFrame:
