@@ -205,7 +205,7 @@ class Posterior:
         are those of the posterior. ``pyro.set_rng_seed`` makes it reproducible.
 
         :param int num_samples: futures drawn of each sequence.
-        :param covariates: inputs of the steps after each sequence's end, ``(B, horizon, ...)`` each.
+        :param covariates: inputs of the steps after each sequence's end, exactly ``(B, horizon, ...)`` each.
         :returns: samples ``(S, B, horizon, ...)`` of every site.
         """
         require_count("horizon", horizon, 1)
@@ -213,6 +213,11 @@ class Posterior:
         if self.final_state is None or self.model is None:
             raise ValueError(f"{self.method} cannot predict: its model runs on the data it was given")
         batch, lengths, device = self.sequences.num_sequences, self.sequences.lengths, self.sequences.device
+        for name, value in covariates.items():
+            if (steps := Sequences.of(None, covariates={name: value}).num_steps) != horizon:
+                raise ValueError(f"covariate {name!r} has {steps} frames and horizon={horizon}: predict takes the {horizon} "
+                                 f"after each sequence's end, (B, {horizon}, ...), such as {name}[:, T:T + {horizon}] of "
+                                 "one that covers past and future")
         future = Sequences.of(None, [horizon] * batch, covariates=covariates)
         self.model.check_inputs(future)
         sequence = torch.arange(batch, device=device).repeat_interleave(num_samples)
