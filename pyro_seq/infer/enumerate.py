@@ -23,6 +23,7 @@ from pyro_seq.engine.families import log_density
 from pyro_seq.engine.gaussian import innermost
 from pyro_seq.engine.loop import Checked, check_step
 from pyro_seq.engine.reads import another
+from pyro_seq.engine.rows import check_rows, rows_checked
 from pyro_seq.engine.sites import LatentsDrawn, Site, StepSites
 from pyro_seq.engine.state import State, leaves, map_state
 from pyro_seq.infer.support import Support
@@ -73,6 +74,12 @@ class _Whole:
         """Whether the state is a function of the current latents alone, found by running every pair of values."""
         k, model = self.support.num_states, self.model
         _, self.states = self._run(None, self.alone.flat(1, 1, k), self.support.joint)
+        steps = () if rows_checked(model, exact=True) else (None, self.states)[:len(self.alone.counts)]
+        for t, state in enumerate(steps, start=1):
+            frame = self.alone.flat(t, t, k)
+            with StepSites(frame, values=self.support.joint) as step:
+                after = model.apply(state, frame)
+            check_rows(model, step.sites, state, after, frame, exact=True)
         if set(self._run_latents) != set(self.support.values):
             return False  # one is sampled in the emission
         if state_is_latents or len(self.alone.counts) == 1 and not self._reads(model.initial):
@@ -224,7 +231,7 @@ def _run_step(model: Any, support: Support, state: State, frame: Frame) -> tuple
     with StepSites(frame, values=values) as step:
         after = model.apply(state, frame)
     _check_latents(model, support, step.latents)
-    check_step(model, step.sites, state, after, frame, versions)
+    check_step(model, step.sites, state, after, frame, versions, exact=True)
     latent = sum(_log_p(site, site.value) for site in step.latents.values())
     observed = _observed(step, frame)
     gaps = {name: site for name, site in step.sites.items() if site.present is not None}

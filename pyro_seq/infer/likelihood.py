@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_seq.engine.loop import Step, Window, forward
+from pyro_seq.engine.rows import check_rows, refuse_random
 from pyro_seq.engine.score import score_contexts, scores_in_one_call, stepwise_terms, terms
 from pyro_seq.engine.state import State, join_states, map_state
 from pyro_seq.guide import PriorGuide
@@ -70,6 +71,7 @@ class ExactLikelihood:
         return entered(self.model, None, sequences, lambda _: self._by_step(sequences)[0].sum(1), learning=True)
 
     def _run(self, sequences: Sequences, parameters: dict[str, Tensor], watch: Stopwatch) -> Posterior:
+        refuse_random(self.model)
         by_step, state = self._by_step(sequences)
         grows, packed = self.model.state_grows, sequences.packed
         draws = sequences.has_missing and self.model.missing_feeds_state
@@ -100,6 +102,8 @@ class ExactLikelihood:
             one_call, steps = scores_in_one_call(model), []
             for step in forward(model, PriorGuide(model), sequences, score=not one_call):
                 _refuse_latents(model, step)
+                if len(steps) < 2 and not torch.is_grad_enabled():
+                    check_rows(model, step.sites, step.before, step.state, step.frame, exact=True)
                 steps.append(step)
             state = None if model.state_grows else _ended(steps, packed)
         found = terms(model, packed, steps, 1, False) if one_call else stepwise_terms(model, steps, False)
