@@ -576,3 +576,80 @@ def test_covariates_of_a_forecast_are_those_of_its_frames():
         with pytest.raises(ValueError, match=r"covariate 'u' has \d+ frames and horizon=4: .*u\[:, T:T \+ 4\]"):
             posterior.predict(4, u=given)
     assert posterior.predict(4, u=u[:, 10:]).mean("z")[0, -1] > 30
+
+
+def test_a_step_is_checked_again_at_later_calls_of_a_marginal():
+    """At a coefficient of zero, as of the first call, it is linear."""
+    class Bends(LocalLevel):
+        def __init__(self):
+            super().__init__(0.0, 1.0, 0.5)
+            self.bend = pyro.nn.PyroSample(dist.Normal(0.0, 1.0))
+
+        def transition(self, z):
+            return pyro.sample("z", dist.Normal(0.9 * z + self.bend * z.sin(), 0.5))
+
+    marginal, x = seq.Marginal(seq.KalmanFilter(Bends())), torch.randn(1, 8)
+    with poutine.condition(data={"bend": torch.tensor(0.0)}):
+        marginal(x)
+    with poutine.condition(data={"bend": torch.tensor(0.5)}), pytest.raises(ValueError, match="not linear in the state"):
+        marginal(x)
+    with pytest.raises(ValueError, match="not linear in the state"):
+        seq.Marginal(seq.KalmanFilter(Bends())).states({"bend": torch.tensor([0.0, 0.5])}, x)
+
+
+class Autoregression(seq.SequentialModel):
+    def start(self, rows):
+        return torch.zeros(rows)
+
+    def step(self, h, x=None):
+        return pyro.sample("x", dist.Normal(0.5 * h, 1.0), obs=x)
+
+
+def test_log_scores_of_a_model_that_reads_its_data():
+    """Those that need no gap are there; the joint one is the sum of one-step densities."""
+    x = torch.randn(2, 8)
+    table = seq.backtest({"a": seq.ExactLikelihood(Autoregression())}, x, horizon=2, first=6, num_samples=10)
+    one = dist.Normal(0.5 * x[:, 5:7], 1.0).log_prob(x[:, 6:])
+    torch.testing.assert_close(torch.tensor(table["joint_log_score"].to_numpy()), one.cumsum(1).reshape(-1))
+    torch.testing.assert_close(torch.tensor(table["log_score"].to_numpy()[::2]), one[:, 0])
+    assert table["log_score"][1::2].isna().all()
+
+    class Breaks(seq.ExactLikelihood):
+        def log_evidence(self, *args, **options):
+            raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        seq.backtest({"a": Breaks(Autoregression())}, x, horizon=2, first=6, num_samples=10)
+
+
+def test_an_if_on_the_time():
+    class Early(LocalLevel):
+        def transition(self, z, t):
+            return pyro.sample("z", dist.Normal(z if t < 5 else -z, 0.5))
+
+    model, x = Early(0.0, 1.0, 0.5), torch.randn(2, 6)
+    for run in (seq.KalmanFilter(model).run, seq.ParticleFilter(model, 10).run, model):
+        with pytest.raises(ValueError, match="the step has an if.*The time t.*torch.where"):
+            run(x)
+
+
+@pytest.mark.parametrize("x, mask, error, message", [
+    (torch.zeros(2, 5), torch.ones(5).bool(), ValueError, r"mask has shape \(5,\); for 'x' of shape \(2, 5\) it is \(2, 5\)"),
+    ([1.0, None, 2.0], None, TypeError, "'x' holds None.*NaN"),
+    ([[1.0, None, 2.0]], None, TypeError, "'x' of type list is not numeric.*NaN")])
+def test_gaps_that_are_marked_in_other_ways(x, mask, error, message):
+    with pytest.raises(error, match=message):
+        seq.KalmanFilter(LocalLevel(0.0, 1.0, 0.5)).run(x, mask=mask)
+
+
+def test_a_forecast_of_a_recurrence_that_reads_the_data_as_given():
+    class Reads(Autoregression):
+        def step(self, h, x=None):
+            z = pyro.sample("z", dist.Normal(h, 0.5))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            return 0.5 * x
+
+    x = torch.randn(1, 5)
+    for method in (seq.KalmanFilter(Reads()), seq.ParticleFilter(Reads(), 10)):
+        with pytest.raises(ValueError, match="reads data where none is given.*value that pyro.sample returns"):
+            method.run(x).predict(2)

@@ -26,6 +26,7 @@ from pyro_seq.engine.reads import another
 from pyro_seq.engine.rows import check_rows, rows_checked
 from pyro_seq.engine.sites import LatentsDrawn, Site, StepSites
 from pyro_seq.engine.state import State, leaves, map_state
+from pyro_seq.infer.run import GapRead
 from pyro_seq.infer.support import Support
 from pyro_seq.model import StateSpaceModel
 from pyro_seq.module import accepted
@@ -252,7 +253,7 @@ def _refuse_read_gaps(model: Any, state: State, frame: Frame, values: dict[str, 
         again = (latent, _observed(step, frame), *leaves(after))
     if not all(bool(_same(a, b).all()) for a, b in zip(found, again, strict=True)):
         when = f" at time {frame.t}" if isinstance(frame.t, int) else ""
-        raise ValueError(f"the data of site {sorted(gaps)} is missing{when} and {type(model).__name__} reads it: what it "
+        raise GapRead(f"the data of site {sorted(gaps)} is missing{when} and {type(model).__name__} reads it: what it "
                          "would have been is not one of finitely many values, so the answer would not be exact. Use "
                          "ParticleFilter, which draws it, or fill the gaps first")
 

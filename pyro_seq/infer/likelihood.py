@@ -13,7 +13,7 @@ from pyro_seq.engine.score import score_contexts, scores_in_one_call, stepwise_t
 from pyro_seq.engine.state import State, join_states, map_state
 from pyro_seq.guide import PriorGuide
 from pyro_seq.infer.posterior import EXACT, Posterior
-from pyro_seq.infer.run import Stopwatch, entered, refuse_scaled
+from pyro_seq.infer.run import GapRead, Stopwatch, entered, refuse_scaled
 from pyro_seq.module import require_model
 from pyro_seq.sequences import Packed, Sequences, repeat_rows
 
@@ -152,7 +152,7 @@ def _refuse_gaps(model: Any, sequences: Sequences) -> None:
     bad = _gaps(model, sequences)
     if bad.any():
         b, t = bad.nonzero()[0].tolist()
-        raise ValueError(
+        raise GapRead(
             f"data is missing in sequence {b} at time {t + 1}, and {type(model).__name__} reads it to predict what is observed "
             "after: the likelihood is an integral over the gap. Use seq.ParticleFilter, which draws it from the model, or "
             "leave the sequence out; if the model does not read its data, say so by missing_feeds_state = False in its class")

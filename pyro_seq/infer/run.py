@@ -16,7 +16,11 @@ from pyro_seq.engine.loop import Step
 from pyro_seq.module import own_parameters
 from pyro_seq.sequences import Sequences
 
-__all__ = ["Stopwatch", "entered", "refuse_scaled"]
+__all__ = ["GapRead", "Stopwatch", "entered", "refuse_scaled"]
+
+
+class GapRead(ValueError):
+    """Data is missing that the model reads, and the method does not integrate it out."""
 
 
 class Stopwatch:
