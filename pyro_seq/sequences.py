@@ -448,7 +448,7 @@ def _tensor(name: str, value: Any, lengths: Any) -> tuple[Tensor, Any]:
         return _from_numpy(value.to_numpy(dtype=float, na_value=np.nan))[None], lengths
     if isinstance(value, (list, tuple)) and value and not all(np.isscalar(v) for v in value):
         parts = [_tensor(name, v, None)[0][0] if isinstance(v, (pd.Series, pd.DataFrame)) else
-                 v if isinstance(v, Tensor) else _from_numpy(np.asarray(v)) for v in value]
+                 v if isinstance(v, Tensor) else _numeric(name, v) for v in value]
         events = {tuple(p.shape[1:]) for p in parts}
         if len(events) > 1 or any(p.dim() == 0 for p in parts):
             raise ValueError(f"{name!r}: the sequences have frames of different shapes {sorted(events)}")
@@ -463,16 +463,21 @@ def _tensor(name: str, value: Any, lengths: Any) -> tuple[Tensor, Any]:
                              f"{list(lengths)} was given: leave lengths out")
         return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True), lengths
     if not isinstance(value, Tensor):
-        try:
-            value = _from_numpy(np.asarray(value))
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"{name!r} of type {type(value).__name__} is not numeric data: pass a tensor, an array, a "
-                            "list of sequences, or a pandas Series or DataFrame") from error
+        value = _numeric(name, value)
     if value.is_complex():
         raise TypeError(f"{name!r} is complex; pass real and imaginary parts as two dimensions")
     if value.dim() == 0:
         raise ValueError(f"{name!r} is a single number; sequences have shape (B, T, ...) or, for one series, (T,)")
     return (value[None] if value.dim() == 1 else value), lengths
+
+
+def _numeric(name: str, value: Any) -> Tensor:
+    try:
+        return _from_numpy(np.asarray(value))
+    except (TypeError, ValueError) as error:
+        what = f"of type {type(value).__name__} is not numeric data" if value is not None else "holds None"
+        raise TypeError(f"{name!r} {what}: pass a tensor, an array, a list of sequences, or a pandas Series or DataFrame, "
+                        "with NaN (float('nan'), not None) where a value is missing") from error
 
 
 def _index(value: Any) -> tuple[pd.Index, ...]:
@@ -549,6 +554,9 @@ def _mask(name: str, mask: Any, value: Tensor, steps: int, full: int) -> Tensor 
     if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
         raise ValueError(f"mask has dtype {mask.dtype} and entries other than 0 and 1: it is True where {name!r} is "
                          "observed")
+    if mask.dim() < 2:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}; for {name!r} of shape {tuple(value.shape)} it is "
+                         f"{tuple(value.shape[:2])} (whole frames): the same for every sequence is mask.expand(B, T)")
     longer = mask.dim() > 1 and mask.shape[1] > full
     mask = mask if longer else mask.bool()[:, :steps]
     if mask.dim() not in (2, value.dim()) or mask.shape != value.shape[:mask.dim()]:

@@ -434,3 +434,222 @@ def test_kalman_quantiles_and_steps():
     assert posterior.trajectories(3).samples["z"].shape == (3, 2, 5)
     with pytest.raises(ValueError, match="no latent site 'w'"):
         posterior.quantile("w", 0.5)
+
+
+class Weir(seq.StateSpaceModel):
+    """Linear everywhere but within a few units of where the state is."""
+
+    def __init__(self, where="emission", level=1000.0):
+        super().__init__()
+        self.where, self.level = where, level
+
+    def bump(self, z, where):
+        return 5 * torch.exp(-0.5 * ((z - self.level) / 3) ** 2) if where == self.where else 0.0
+
+    def initial(self):
+        return pyro.sample("z", dist.Normal(self.level, 6.0))
+
+    def transition(self, z):
+        scale = 3.0 + torch.sigmoid(-(z - self.level).abs()) * (self.where == "scale")
+        return pyro.sample("z", dist.Normal(self.level + 0.9 * (z - self.level) + self.bump(z, "transition"), scale))
+
+    def emission(self, z, x=None):
+        return pyro.sample("x", dist.Normal(z + self.bump(z, "emission"), 0.5), obs=x)
+
+
+@pytest.mark.parametrize("where", ["emission", "transition", "scale"])
+def test_what_is_not_linear_only_where_the_state_is(where):
+    model = Weir(where)
+    x = model.simulate([40])["x"]
+    for run in (seq.KalmanFilter(model).run, seq.KalmanFilter(model).log_evidence, lambda x: seq.exact(model)):
+        with pytest.raises(ValueError, match="not linear in the state|covariance depends on the state"):
+            run(x)
+    assert seq.KalmanFilter(model, assume_linear=True).run(x).log_evidence.isfinite().all()
+
+
+def test_what_is_not_linear_only_where_the_data_is():
+    """A first state at zero, and data that goes where a bump of width 30 is, between the scales that are tested."""
+    class Rises(LocalLevel):
+        def emission(self, z, x=None):
+            return pyro.sample("x", dist.Normal(z + 20 * torch.exp(-0.5 * ((z - 3e4) / 300) ** 2), 1.0), obs=x)
+
+    model, x = Rises(0.0, 1.0, 300.0), torch.linspace(0, 6e4, 200)
+    with pytest.raises(ValueError, match="not linear in the state"):
+        seq.KalmanFilter(model).log_evidence(x)
+    seq.KalmanFilter(model).log_evidence(x[:50])
+
+
+def test_what_is_not_linear_beside_large_numbers_in_single_precision():
+    class Off(LocalLevel):
+        def initial(self):
+            return pyro.sample("z", dist.Normal(1e5, 3.0))
+
+        def transition(self, z):
+            return pyro.sample("z", dist.Normal(z - 3 * torch.tanh(z - 1e5), 0.5))
+
+    torch.set_default_dtype(torch.float32)
+    model = Off(0.0, 1.0, 0.5)
+    with pytest.raises(ValueError, match="site 'z': its mean.*not linear in the state"):
+        seq.KalmanFilter(model).run(1e5 + torch.randn(1, 20))
+
+
+def test_data_of_another_type_than_the_model():
+    with pytest.raises(TypeError, match="site 'x': the data is torch.float32 and the model torch.float64"):
+        seq.KalmanFilter(LocalLevel(0.0, 1.0, 0.5)).run(torch.randn(1, 5).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_data_of_half_precision(dtype):
+    torch.set_default_dtype(dtype)
+    with pytest.raises(ValueError, match="the data is torch.b?float16.*x.float"):
+        seq.KalmanFilter(LocalLevel(0.0, 1.0, 0.5)).run(torch.zeros(1, 5, dtype=dtype))
+
+
+class MixesRows(LocalLevel):
+    def transition(self, z):
+        return pyro.sample("z", dist.Normal(z - 0.5 * z.mean(), 0.5))
+
+
+class MixesRegimes(HiddenMarkov):
+    def transition(self, k):
+        return pyro.sample("k", dist.Categorical(logits=self.logits[k] * (1 + k.double().mean())))
+
+
+class MixesFrames(seq.SequentialModel):
+    def start(self, rows):
+        return torch.zeros(rows)
+
+    def step(self, h, x=None):
+        return pyro.sample("x", dist.Normal(0.5 * h + 0.3 * h.mean(), 1.0), obs=x)
+
+
+@pytest.mark.parametrize("run", [
+    lambda x: seq.KalmanFilter(MixesRows(0.0, 1.0, 0.5)).run(x),
+    lambda x: seq.ParticleFilter(MixesRows(0.0, 1.0, 0.5), 20).run(x),
+    lambda x: seq.ExtendedKalmanFilter(MixesRows(0.0, 1.0, 0.5)).run(x),
+    lambda x: seq.SequentialELBO().loss(m := MixesRows(0.0, 1.0, 0.5), seq.FilteringGuide(m, hidden=4), x),
+    lambda x: seq.ForwardBackward(MixesRegimes(3)).run(x),
+    lambda x: seq.ExactLikelihood(MixesFrames()).run(x)], ids=["kalman", "particle", "extended", "elbo", "forward", "exact"])
+def test_a_step_that_mixes_its_rows(run):
+    with pytest.raises(ValueError, match="is not the same for a row alone as among others: the step mixes its rows"):
+        run(torch.randn(2, 6))
+
+
+class DrawsItsOwn(LocalLevel):
+    def transition(self, z):
+        return pyro.sample("z", dist.Normal(z + torch.randn(()), 0.5))
+
+
+class DropsOut(seq.SequentialModel):
+    def __init__(self):
+        super().__init__()
+        self.drop = torch.nn.Dropout(0.5)
+
+    def start(self, rows):
+        return torch.zeros(rows)
+
+    def step(self, h, x=None):
+        return pyro.sample("x", dist.Normal(self.drop(h), 1.0), obs=x)
+
+
+def test_randomness_of_the_steps_own_is_not_exact():
+    x = torch.randn(2, 6)
+    with pytest.raises(ValueError, match="draws random numbers of its own"):
+        seq.KalmanFilter(DrawsItsOwn(0.0, 1.0, 0.5)).run(x)
+    seq.ParticleFilter(DrawsItsOwn(0.0, 1.0, 0.5), 20).run(x)
+    model = DropsOut()
+    with pytest.raises(ValueError, match="in training mode with .'Dropout'.*model.eval"):
+        seq.ExactLikelihood(model).run(x)
+    seq.ExactLikelihood(model).log_evidence(x)  # of training
+    seq.ExactLikelihood(model.eval()).run(x)
+
+
+class Driven(LocalLevel):
+    def transition(self, z, u):
+        return pyro.sample("z", dist.Normal(z + u, 0.5))
+
+
+def test_covariates_of_a_forecast_are_those_of_its_frames():
+    x, u = torch.randn(1, 10), torch.arange(14.0)[None]
+    posterior = seq.KalmanFilter(Driven(0.0, 1.0, 0.5)).run(x, u=u[:, :10])
+    for given in (u, u[:, 10:13]):
+        with pytest.raises(ValueError, match=r"covariate 'u' has \d+ frames and horizon=4: .*u\[:, T:T \+ 4\]"):
+            posterior.predict(4, u=given)
+    assert posterior.predict(4, u=u[:, 10:]).mean("z")[0, -1] > 30
+
+
+def test_a_step_is_checked_again_at_later_calls_of_a_marginal():
+    """At a coefficient of zero, as of the first call, it is linear."""
+    class Bends(LocalLevel):
+        def __init__(self):
+            super().__init__(0.0, 1.0, 0.5)
+            self.bend = pyro.nn.PyroSample(dist.Normal(0.0, 1.0))
+
+        def transition(self, z):
+            return pyro.sample("z", dist.Normal(0.9 * z + self.bend * z.sin(), 0.5))
+
+    marginal, x = seq.Marginal(seq.KalmanFilter(Bends())), torch.randn(1, 8)
+    with poutine.condition(data={"bend": torch.tensor(0.0)}):
+        marginal(x)
+    with poutine.condition(data={"bend": torch.tensor(0.5)}), pytest.raises(ValueError, match="not linear in the state"):
+        marginal(x)
+    with pytest.raises(ValueError, match="not linear in the state"):
+        seq.Marginal(seq.KalmanFilter(Bends())).states({"bend": torch.tensor([0.0, 0.5])}, x)
+
+
+class Autoregression(seq.SequentialModel):
+    def start(self, rows):
+        return torch.zeros(rows)
+
+    def step(self, h, x=None):
+        return pyro.sample("x", dist.Normal(0.5 * h, 1.0), obs=x)
+
+
+def test_log_scores_of_a_model_that_reads_its_data():
+    """Those that need no gap are there; the joint one is the sum of one-step densities."""
+    x = torch.randn(2, 8)
+    table = seq.backtest({"a": seq.ExactLikelihood(Autoregression())}, x, horizon=2, first=6, num_samples=10)
+    one = dist.Normal(0.5 * x[:, 5:7], 1.0).log_prob(x[:, 6:])
+    torch.testing.assert_close(torch.tensor(table["joint_log_score"].to_numpy()), one.cumsum(1).reshape(-1))
+    torch.testing.assert_close(torch.tensor(table["log_score"].to_numpy()[::2]), one[:, 0])
+    assert table["log_score"][1::2].isna().all()
+
+    class Breaks(seq.ExactLikelihood):
+        def log_evidence(self, *args, **options):
+            raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        seq.backtest({"a": Breaks(Autoregression())}, x, horizon=2, first=6, num_samples=10)
+
+
+def test_an_if_on_the_time():
+    class Early(LocalLevel):
+        def transition(self, z, t):
+            return pyro.sample("z", dist.Normal(z if t < 5 else -z, 0.5))
+
+    model, x = Early(0.0, 1.0, 0.5), torch.randn(2, 6)
+    for run in (seq.KalmanFilter(model).run, seq.ParticleFilter(model, 10).run, model):
+        with pytest.raises(ValueError, match="the step has an if.*The time t.*torch.where"):
+            run(x)
+
+
+@pytest.mark.parametrize("x, mask, error, message", [
+    (torch.zeros(2, 5), torch.ones(5).bool(), ValueError, r"mask has shape \(5,\); for 'x' of shape \(2, 5\) it is \(2, 5\)"),
+    ([1.0, None, 2.0], None, TypeError, "'x' holds None.*NaN"),
+    ([[1.0, None, 2.0]], None, TypeError, "'x' of type list is not numeric.*NaN")])
+def test_gaps_that_are_marked_in_other_ways(x, mask, error, message):
+    with pytest.raises(error, match=message):
+        seq.KalmanFilter(LocalLevel(0.0, 1.0, 0.5)).run(x, mask=mask)
+
+
+def test_a_forecast_of_a_recurrence_that_reads_the_data_as_given():
+    class Reads(Autoregression):
+        def step(self, h, x=None):
+            z = pyro.sample("z", dist.Normal(h, 0.5))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            return 0.5 * x
+
+    x = torch.randn(1, 5)
+    for method in (seq.KalmanFilter(Reads()), seq.ParticleFilter(Reads(), 10)):
+        with pytest.raises(ValueError, match="reads data where none is given.*value that pyro.sample returns"):
+            method.run(x).predict(2)

@@ -13,6 +13,7 @@ from torch.distributions import Bernoulli, Categorical, Distribution, Independen
 from pyro_seq.engine.families import log_density
 from pyro_seq.engine.gaussian import innermost
 from pyro_seq.engine.loop import check_step
+from pyro_seq.engine.missing import GapRead
 from pyro_seq.engine.reads import another
 from pyro_seq.engine.sites import Site, StepSites
 from pyro_seq.engine.state import State, leaves
@@ -32,7 +33,7 @@ def run_step(model: Any, support: Support, state: State, frame: Frame, carried: 
     with StepSites(frame, values=values) as step:
         after = model.apply(state, frame)
     check_latents(model, support, step.latents)
-    check_step(model, step.sites, state, after, frame, versions)
+    check_step(model, step.sites, state, after, frame, versions, exact=True)
     latent = sum(latent_log_p(site, site.value) for site in step.latents.values())
     observed = observed_log_p(step.sites, frame)
     gaps = {name: site for name, site in step.sites.items() if site.present is not None}
@@ -53,9 +54,9 @@ def _refuse_read_gaps(model: Any, state: State, frame: Frame, values: dict[str, 
         again = (latent, observed_log_p(step.sites, frame), *leaves(after))
     if not all(bool(same(a, b).all()) for a, b in zip(found, again)):
         when = f" at time {frame.t}" if isinstance(frame.t, int) else ""
-        raise ValueError(f"the data of site {sorted(gaps)} is missing{when} and {type(model).__name__} reads it: what it "
-                         "would have been is not one of finitely many values, so the answer would not be exact. Use "
-                         "ParticleFilter with the prior as its guide, which draws it, or fill the gaps first")
+        raise GapRead(f"the data of site {sorted(gaps)} is missing{when} and {type(model).__name__} reads it: what it "
+                      "would have been is not one of finitely many values, so the answer would not be exact. Use "
+                      "ParticleFilter with the prior as its guide, which draws it, or fill the gaps first")
 
 
 def observed_log_p(sites: dict[str, Site], frame: Frame) -> Tensor:

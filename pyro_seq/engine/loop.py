@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_seq.engine.rows import check_rows
 from pyro_seq.engine.sites import Site, StepSites, draw
 from pyro_seq.engine.state import State, by_step, check_state, leaves, map_state
 from pyro_seq.sequences import Frame, Sequences, first_rows, repeat_rows
@@ -249,13 +250,17 @@ def _transport(leaf: Tensor, plan: Tensor) -> Tensor:
     return (plan.to(leaf.dtype) @ leaf.reshape(*plan.shape[:2], -1)).reshape(leaf.shape)
 
 
-def check_step(model: Any, sites: dict[str, Site], before: State, after: State, frame: Frame, versions: list[int]
-               ) -> None:
-    """What a user can get wrong in a step, checked where it is cheap: at the first two, and wherever values are
-    missing."""
+def check_step(model: Any, sites: dict[str, Site], before: State, after: State, frame: Frame, versions: list[int],
+               exact: bool = False) -> None:
+    """What a user can get wrong in a step, checked where it is cheap: at the first two, and wherever values are missing.
+
+    :param exact: whether the answer is called exact, so that the step may draw no random numbers of its own.
+    """
     if isinstance(frame.t, int) and frame.t <= 2:
         observed = {name for name, site in sites.items() if site.observed}
         check_shape_of_step(model, observed, set(sites) - observed, before, after, frame, versions)
+        if isinstance(model, torch.nn.Module):
+            check_rows(model, sites, before, after, frame, exact)
     if frame.missing and model.missing_feeds_state:
         check_not_nan(model, after)
 

@@ -20,7 +20,7 @@ from torch.distributions import (
 
 from pyro_seq.engine.families import in_support
 
-__all__ = ["FrozenRows", "SomeEntries", "fill", "require_imputable", "score_entries"]
+__all__ = ["FrozenRows", "GapRead", "SomeEntries", "fill", "require_imputable", "score_entries"]
 
 
 def fill(fn: Distribution, value: Tensor, present: Tensor, filler: Tensor | None = None) -> Tensor:
@@ -155,3 +155,7 @@ class FrozenRows(TorchDistribution):
 @register_kl(FrozenRows, FrozenRows)
 def _kl_frozen(q: FrozenRows, p: FrozenRows) -> Tensor:
     return torch.where(q.running, kl_divergence(q.fn, p.fn), 0.0)
+
+
+class GapRead(ValueError):
+    """Data is missing that the model reads, and the method does not integrate it out."""

@@ -12,7 +12,7 @@ from pyro_seq.engine.families import sample
 from pyro_seq.engine.sites import StepSites
 from pyro_seq.sequences import Sequences
 
-__all__ = ["another", "reads_observed"]
+__all__ = ["another", "parameters", "reads_observed"]
 
 
 def reads_observed(model: Any, sequences: Sequences) -> bool:
@@ -38,7 +38,7 @@ def reads_observed(model: Any, sequences: Sequences) -> bool:
     except (ValueError, RuntimeError, TypeError):
         return False  # the run itself says what is wrong, with the data's own frames
     return any(not torch.equal(value, after[key]) for name, site in first.sites.items()
-               for after in [_parameters(second.sites[name].p)] for key, value in _parameters(site.p).items() if key in after)
+               for after in [parameters(second.sites[name].p)] for key, value in parameters(site.p).items() if key in after)
 
 
 def another(fn: Distribution, value: Tensor) -> Tensor:
@@ -53,7 +53,8 @@ def another(fn: Distribution, value: Tensor) -> Tensor:
     return value.roll(1, -1)  # one-hot vectors and the like
 
 
-def _parameters(fn: Distribution) -> dict[str, Tensor]:
+def parameters(fn: Distribution) -> dict[str, Tensor]:
+    """The arguments of a distribution, by name, inside any wrapping."""
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return {k: v.nan_to_num() for k in fn.arg_constraints if isinstance(v := fn.__dict__.get(k), Tensor)}

@@ -17,14 +17,12 @@ from torch.distributions import Distribution, kl_divergence
 from pyro_seq.engine.families import concatenate
 from pyro_seq.engine.loop import Checked, Step, Window
 from pyro_seq.engine.missing import score_entries
+from pyro_seq.engine.rows import is_random
 from pyro_seq.engine.sites import Site, StepSites
 from pyro_seq.engine.state import check_state, join_states, map_state
 from pyro_seq.sequences import Packed, Sequences, first_rows
 
 __all__ = ["Term", "score_contexts", "scores_in_one_call", "step_terms", "stepwise_terms", "terms"]
-
-_RANDOM_OR_BATCHED = (
-    torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._BatchNorm, torch.nn.RReLU)
 
 
 class Term(NamedTuple):
@@ -44,8 +42,7 @@ class Term(NamedTuple):
 
 def scores_in_one_call(model: Any) -> bool:
     """Whether the step is deterministic given its sites, as far as its modules tell."""
-    return not model.state_grows and not any(
-        isinstance(module, _RANDOM_OR_BATCHED) and module.training for module in model.modules())
+    return not model.state_grows and not is_random(model)
 
 
 def terms(model: Any, packed: Packed, steps: list[Step], num_particles: int, analytic_kl: bool) -> list[Term]:

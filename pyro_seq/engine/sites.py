@@ -98,6 +98,7 @@ class StepSites(Messenger):
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> Any:
         done = super().__exit__(kind, error, traceback)
+        _explain(error, self.frame)
         if isinstance(error, ValueError) and str(error).startswith("Expected parameter"):
             time = f" at time {self.frame.t}" if isinstance(self.frame.t, int) else ""
             after = f"after site {list(self.sites)[-1]!r}" if self.sites else "before its first site"
@@ -162,6 +163,17 @@ class GuideSites(StepSites):
         return [name for name, site in self.sites.items() if site.observed]
 
 
+def _explain(error: BaseException | None, frame: Frame) -> None:
+    """Raise what an error of torch or Python in the user's step means here."""
+    if isinstance(error, (TypeError, AttributeError)) and "NoneType" in str(error) and not frame.x:
+        raise ValueError(f"the step reads data where none is given, as in simulating and predicting ({error}): let it read the "
+                         "value that pyro.sample returns, x = pyro.sample('x', ..., obs=x)") from error
+    if isinstance(error, RuntimeError) and "Boolean value of Tensor" in str(error):
+        raise ValueError("the step has an if (or and, or, not, max, min of Python) on a tensor. The time t, states and data "
+                         "are tensors over the rows, of which some may meet the condition and some not: choose by row, as in "
+                         "torch.where(t < 5, a, b)") from error
+
+
 class PyroSites(Messenger):
     """Run one step of a model or guide inside an ordinary Pyro program.
 
@@ -182,6 +194,11 @@ class PyroSites(Messenger):
         self.hidden: set[str] = set()
         self.enumerates = False
         self._emitting = False
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> Any:
+        done = super().__exit__(kind, error, traceback)
+        _explain(error, self.frame)
+        return done
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if msg["done"] or self._emitting or type(msg["fn"]).__name__ == "_Subsample":

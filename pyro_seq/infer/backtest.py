@@ -18,6 +18,7 @@ from pyro_seq.guide import PriorGuide
 from pyro_seq.infer.compare import require_methods
 from pyro_seq.infer.naive import observations, seasonal_errors
 from pyro_seq.infer.posterior import EXACT, Draws, Posterior
+from pyro_seq.infer.run import GapRead
 from pyro_seq.module import own_parameters, require_count
 from pyro_seq.sequences import Sequences
 
@@ -204,26 +205,31 @@ def _actual(posterior: Posterior, sequences: Sequences, draws: Draws) -> dict[st
 
 
 def _log_scores(method: Any, sequences: Sequences, origin: int, horizon: int) -> tuple[Any, Any]:
-    """``(B, H)`` each: log scores of the frames after the origin, alone and joint with those between, by one run of as many
-    copies: what is known; with the next h frames; with the h-th of them only. NaN for methods that take no gaps."""
-    copies = [(origin, 0), *((origin + h, 0) for h in range(1, horizon + 1)),
-              *((origin + h, h - 1) for h in range(2, horizon + 1))]
-    batch, times = sequences.num_sequences, torch.arange(origin + horizon, device=sequences.device)
+    """``(B, H)`` each: log scores of the frames after the origin, alone and joint with those between. The first frame has none
+    between; for the others, where the method takes no gaps, those alone are NaN."""
+    evidence = _evidence(method, sequences, [(origin + h, 0) for h in range(horizon + 1)])
+    joint, alone = evidence[:, 1:] - evidence[:, :1], evidence.new_full((len(evidence), horizon - 1), math.nan)
+    if horizon > 1:
+        try:
+            alone = _evidence(method, sequences, [(origin + h, h - 1) for h in range(2, horizon + 1)]) - evidence[:, :1]
+        except GapRead:
+            pass
+    return torch.cat([joint[:, :1], alone], 1), joint
+
+
+def _evidence(method: Any, sequences: Sequences, copies: list[tuple[int, int]]) -> Tensor:
+    """``(B, n)`` by one run of ``n`` copies, each of so many frames, of which so many are missing before the last."""
+    batch, times = sequences.num_sequences, torch.arange(max(end for end, _ in copies), device=sequences.device)
     ends, gaps = (torch.tensor(part, device=sequences.device).repeat_interleave(batch) for part in zip(*copies, strict=True))
-    known = ~((times >= origin) & (times < origin + gaps[:, None]))
+    last = ends[:, None] - 1
+    known = ~((times < last) & (times >= last - gaps[:, None]))
     many = sequences.repeat(len(copies))
     mask = {name: known.reshape(known.shape + (1,) * (v.dim() - 2)) & many.observed.get(name, torch.ones_like(
         v, dtype=torch.bool)) for name, v in many.x.items()}
     copies_of = Sequences.of(many.x, ends, mask=mask, covariates=many.covariates)
-    try:
-        with torch.no_grad():
-            found = method.log_evidence(copies_of) if hasattr(method, "log_evidence") else method.run(copies_of).log_evidence
-    except ValueError:  # a model that reads its data knows no gaps
-        return math.nan, math.nan
-    evidence = found.reshape(len(copies), batch).T
-    gain = evidence[:, 1:] - evidence[:, :1]
-    joint = gain[:, :horizon]
-    return torch.cat([joint[:, :1], gain[:, horizon:]], 1), joint
+    with torch.no_grad():
+        found = method.log_evidence(copies_of) if hasattr(method, "log_evidence") else method.run(copies_of).log_evidence
+    return found.reshape(len(copies), batch).T
 
 
 def _scored(draws: Draws, values: Mapping[str, Tensor], origin: int, season: int, levels: Sequence[float],

@@ -22,6 +22,7 @@ from torch.distributions import Distribution
 from pyro_seq.engine.families import in_support, sample
 from pyro_seq.engine.gaussian import innermost, is_gaussian, moments
 from pyro_seq.engine.reads import another
+from pyro_seq.engine.rows import check_rows
 from pyro_seq.engine.sites import Proposal, Site, StepSites
 from pyro_seq.engine.state import State, leaves, map_state
 from pyro_seq.infer.linear import SCALES
@@ -156,6 +157,7 @@ class Marginalised:
                 if not site.observed:
                     require_marginal(name, site.p, self.kind)
                 gaussian.append(name)
+        check_rows(self.declared, step.sites, state, after, frame, drawn=step.drawn)
         feeds = frame.missing and self.declared.missing_feeds_state
         return _Base(step.sites, step.drawn, after, tuple(gaussian), tuple(plain), feeds)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pyro_seq.engine.enumerated import check_latents, latent_log_p, observed_log_p, run_step, same
 from pyro_seq.engine.loop import Checked
+from pyro_seq.engine.rows import check_rows, rows_checked
 from pyro_seq.engine.sites import LatentsDrawn, Site, StepSites
 from pyro_seq.engine.state import State, leaves, map_state
 from pyro_seq.engine.support import Support
@@ -69,6 +70,12 @@ class _Whole:
         """Whether the state is a function of the current latents alone, found by running every pair of values."""
         k, model = self.support.num_states, self.model
         _, self.states = self._run(None, self.alone.flat(1, 1, k), self.support.joint)
+        steps = () if rows_checked(model, exact=True) else (None, self.states)[:len(self.alone.counts)]
+        for t, state in enumerate(steps, start=1):
+            frame = self.alone.flat(t, t, k)
+            with StepSites(frame, values=self.support.joint) as step:
+                after = model.apply(state, frame)
+            check_rows(model, step.sites, state, after, frame, exact=True)
         if set(self._run_latents) != set(self.support.values):
             return False  # one is sampled in the emission
         if state_is_latents or len(self.alone.counts) == 1 and not self._reads(model.initial):

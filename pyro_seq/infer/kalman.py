@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_seq.engine.state import State, leaves, map_state
-from pyro_seq.infer.linear import LinearStep, linearise, linearise_later
+from pyro_seq.infer.linear import LinearStep, linearise, linearise_later, require_linear_at
 from pyro_seq.infer.linear_gaussian import Backward, Carry, Forward, Joint, take_out_vague
 from pyro_seq.infer.posterior import EXACT, Moments, Posterior
 from pyro_seq.infer.run import Stopwatch, entered
@@ -20,6 +20,8 @@ from pyro_seq.module import require_model
 from pyro_seq.sequences import Sequences
 
 __all__ = ["GaussianPosterior", "KalmanFilter", "KalmanStream"]
+
+_STATES = 64
 
 
 @dataclass(frozen=True, repr=False)
@@ -140,7 +142,10 @@ class KalmanFilter:
         start = _initial_state(self.model, sequences).to(self.dtype)
         opening, prior = take_out_vague(first, later, self.dtype)
         data = _observations(sequences, self.dtype)
-        return first, later, Forward(opening, later, data, sequences.active, Carry.start(start, prior), alone)
+        forward = Forward(opening, later, data, sequences.active, Carry.start(start, prior), alone)
+        if not self.assume_linear:
+            _require_linear_where_it_is(forward)
+        return first, later, forward
 
     def _forecast(self, sequences: Sequences, forward: Forward, future: Sequences) -> dict[str, Moments]:
         """Exact moments ``(B, H, ...)`` of latents and data; sequences of one length have their future times in common."""
@@ -297,6 +302,20 @@ class KalmanStream:
         found = forward.evidence_by_step()
         self.log_evidence = found.sum(1) if self.log_evidence is None else self.log_evidence + found.sum(1)
         return Update(found, *forward.last_state())
+
+
+def _require_linear_where_it_is(forward: Forward, start: int = 2) -> None:
+    """Test the step of the later frames again, at draws of the filtered states they begin from, spread over time and sequences.
+
+    :param start: the time of the first of them.
+    """
+    stretch = forward.stretches[-1]
+    if stretch.step.probe.first:
+        return  # tested at draws of its own
+    found = forward.some_states(_STATES)
+    if found is not None:
+        frame, sequence, state = found
+        require_linear_at(stretch.step, frame + start, sequence, state)
 
 
 def _initial_state(model: Any, sequences: Sequences) -> Tensor:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from pyro_seq.engine.loop import Step, Window, forward
+from pyro_seq.engine.rows import check_rows, refuse_random
 from pyro_seq.engine.score import score_contexts, scores_in_one_call, stepwise_terms, terms
 from pyro_seq.engine.state import State, join_states, map_state
 from pyro_seq.guide import PriorGuide
 from pyro_seq.infer.posterior import EXACT, Posterior
-from pyro_seq.infer.run import Stopwatch, entered, refuse_scaled
+from pyro_seq.infer.run import GapRead, Stopwatch, entered, refuse_scaled
 from pyro_seq.module import require_model
 from pyro_seq.sequences import Packed, Sequences, repeat_rows
 
@@ -70,6 +71,7 @@ class ExactLikelihood:
         return entered(self.model, None, sequences, lambda _: self._by_step(sequences)[0].sum(1), learning=True)
 
     def _run(self, sequences: Sequences, parameters: dict[str, Tensor], watch: Stopwatch) -> Posterior:
+        refuse_random(self.model)
         by_step, state = self._by_step(sequences)
         grows, packed = self.model.state_grows, sequences.packed
         draws = sequences.has_missing and self.model.missing_feeds_state
@@ -100,6 +102,8 @@ class ExactLikelihood:
             one_call, steps = scores_in_one_call(model), []
             for step in forward(model, PriorGuide(model), sequences, score=not one_call):
                 _refuse_latents(model, step)
+                if len(steps) < 2 and not torch.is_grad_enabled():
+                    check_rows(model, step.sites, step.before, step.state, step.frame, exact=True)
                 steps.append(step)
             state = None if model.state_grows else _ended(steps, packed)
         found = terms(model, packed, steps, 1, False) if one_call else stepwise_terms(model, steps, False)
@@ -148,7 +152,7 @@ def _refuse_gaps(model: Any, sequences: Sequences) -> None:
     bad = _gaps(model, sequences)
     if bad.any():
         b, t = bad.nonzero()[0].tolist()
-        raise ValueError(
+        raise GapRead(
             f"data is missing in sequence {b} at time {t + 1}, and {type(model).__name__} reads it to predict what is observed "
             "after: the likelihood is an integral over the gap. Use seq.ParticleFilter, which draws it from the model, or "
             "leave the sequence out; if the model does not read its data, say so by missing_feeds_state = False in its class")

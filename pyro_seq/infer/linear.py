@@ -1,31 +1,41 @@
 """Is the declared step linear and Gaussian? Look, and if so return its matrices.
 
-One step is run on many rows at once: at zero, along each coordinate of (state, latents, data), and at random points of
-several scales. If the means of all sites and the next state are affine at all of them, and the covariances constant,
-the step is taken to be linear-Gaussian, *at the points tested*: no finite number of points proves it.
+One step is run on many rows at once: at zero, along each coordinate of (state, latents, data), at random points of several
+scales, and at draws of its own latents. If the means of all sites and the next state are affine at all of them, and the
+covariances constant, the step is taken to be linear-Gaussian, *at the points tested*: no finite number of points proves it.
+After a filter has run, :func:`require_linear_at` tests again where the data has put the state.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pyro
 import torch
 from pyro.distributions import Delta, ImproperUniform
 from torch import Tensor
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution, Normal, constraints
 
-from pyro_seq.engine.gaussian import innermost, is_gaussian, moments
+from pyro_seq.engine.gaussian import innermost, is_gaussian, moments, root, semidefinite_root
+from pyro_seq.engine.rows import ROWS_MIXED
 from pyro_seq.engine.sites import Site, StepSites
 from pyro_seq.engine.state import State, leaves, map_state
 from pyro_seq.module import accepted
 from pyro_seq.sequences import Frame, Sequences
 
-__all__ = ["LinearStep", "linearise", "linearise_later"]
+__all__ = ["LinearStep", "NotLinear", "linearise", "linearise_later", "require_linear_at"]
 
 SCALES = (1e-3, 1.0, 30.0, 1e3, 1e6)
 _POINTS = 6
+_DRAWN = 8
+_TOLERANCE = {torch.float64: (1e-12, 1e-9), torch.float32: (4e-6, 2e-4)}
+"""What rounding can be of the numbers at hand, and what of their differences counts as nothing."""
+
+
+class NotLinear(ValueError):
+    """A step is found not to be linear and Gaussian, at finite numbers."""
 
 
 class LinearStep(NamedTuple):
@@ -56,6 +66,8 @@ class LinearStep(NamedTuple):
     """``(1, B, D, D)`` of the first step: what the noise of each site adds to u."""
     own: Tensor | None = None
     """``(1, B, D, D)`` of the first step: covariance of each site's own noise; noise = solve @ own @ solve.mT."""
+    probe: Any = None
+    """What found it, for :func:`require_linear_at`."""
 
 
 def linearise(model: Any, sequences: Sequences, check: bool = True) -> tuple[LinearStep, LinearStep | None]:
@@ -64,10 +76,12 @@ def linearise(model: Any, sequences: Sequences, check: bool = True) -> tuple[Lin
     :param check: test linearity; otherwise the user's word is taken and the matrices are those at zero.
     :raises ValueError: naming the site that is not Gaussian, or not linear.
     """
-    first = _Probe(model, sequences, None, check).matrices()
+    probe = _Probe(model, sequences, None, check)
+    first = probe.matrices()
     if sequences.num_steps == 1:
         return first, None
-    later = linearise_later(model, sequences, first, range(2, sequences.num_steps + 1), check)
+    times = range(2, sequences.num_steps + 1)
+    later = _Probe(model, sequences, first.template, check, times, probe.reached).matrices()
     if set(first.latents) != set(later.latents):
         raise ValueError(f"{type(model).__name__} samples the latent sites {sorted(first.latents)} at the first step and "
                          f"{sorted(later.latents)} later: give them the same names")
@@ -82,10 +96,47 @@ def linearise_later(model: Any, sequences: Sequences, before: LinearStep, times:
     return _Probe(model, sequences, before.template, check, times).matrices()
 
 
-class _Probe:
-    """The runs of one step that reveal it. ``state`` is a row of the state it starts from, ``None`` at the start."""
+def require_linear_at(step: LinearStep, time: Tensor, sequence: Tensor, state: Tensor) -> None:
+    """Run a step once more from states that a filter has reached, each with a draw of its latents and the data of its frame.
 
-    def __init__(self, model: Any, sequences: Sequences, state: State, check: bool, times: range = range(1, 2)):
+    :param time: ``(n,)`` of the steps, 1-based.
+    :param sequence: ``(n,)``
+    :param state: ``(n, S)`` before the step.
+    :raises NotLinear: if its means, covariances or next state there are not those of the matrices.
+    """
+    with torch.no_grad():
+        step.probe.require_linear_at(step, time, sequence, state.detach().double())
+
+
+class _Ran(NamedTuple):
+    """A step run on many points ``(..., n)``."""
+
+    values: Tensor
+    """``(..., n, W)``: the means of its sites one after the other, and the next state."""
+    where: dict[str, Tensor]
+    """The entries of u that each site holds."""
+    widths: dict[str, int]
+    covariances: dict[str, Tensor]
+    """By site, ``(..., n, w, w)``."""
+    template: State
+
+    def what(self, column: int) -> tuple[str, str]:
+        """The site that a column of the values is of, if any, and what to call it."""
+        for name, width in self.widths.items():
+            if column < width:
+                return name, f"site {name!r}"
+            column -= width
+        return "", "the next state"
+
+
+class _Probe:
+    """The runs of one step that reveal it. ``state`` is a row of the state it starts from, ``None`` at the start.
+
+    :param reached: rows of states that the step may start from, where any are known.
+    """
+
+    def __init__(self, model: Any, sequences: Sequences, state: State, check: bool, times: range = range(1, 2),
+                 reached: State = None):
         self.model, self.sequences, self.check, self.device = model, sequences, check, sequences.device
         self.first = state is None
         names: set[str] = set()
@@ -102,6 +153,7 @@ class _Probe:
         self.state = state if state is not None else model.begin(self._frame(1, {}))
         if self.first and self.state is not None:
             self.state = map_state(lambda leaf: leaf[:1], self.state)
+        self.starts = self.state if self.first else reached
         self.state_width = sum(leaf.numel() for leaf in leaves(self.state))
         for leaf in leaves(self.state):
             if not leaf.is_floating_point():
@@ -119,12 +171,10 @@ class _Probe:
         self.stride = 1.0
 
     def matrices(self) -> LinearStep:
-        model = type(self.model).__name__
         points, tests = self._points()
         # Steps as large as the offsets, beside which a step of one would be lost in rounding.
         out = self._run(torch.cat([points, tests]) if self.check else points)
-        offsets = [mean[:, :, 0] for _, mean, _ in out["sites"].values()] + [out["next"][:, :, 0]]
-        largest = torch.cat([v.detach().flatten() for v in offsets]).abs().nan_to_num().max().clamp(1.0, 1e30)
+        largest = float(out.values[:, :, 0].detach().abs().nan_to_num().amax().clamp(1.0, 1e30))
         self.stride = 2.0 ** math.ceil(math.log2(largest))
         if self.stride > 1:
             points = points * self.stride
@@ -132,44 +182,42 @@ class _Probe:
         head = len(points)
         d, s = self.width, self.state_width
         shape = (len(self.times), self.batch)
+        base, directions = out.values[:, :, 0], (out.values[:, :, 1:head] - out.values[:, :, :1]) / self.stride
+        covariances = {name: covariance[:, :, 0] for name, covariance in out.covariances.items()}
+        if self.check:
+            self._require_finite(out, base, covariances)
+            self._require_same(out)
+            fixed, slope = base.detach(), directions.detach()
+            self._require_affine(out, out.values[:, :, head:].detach(), fixed[:, :, None], lambda u: u @ slope,
+                                 lambda u: u @ slope.abs(), tests, None if self.drawn is None else slice(-_DRAWN, None))
+            for name, covariance in out.covariances.items():
+                self._require_constant(name, covariance.detach(), covariance[:, :, :1].detach())
+        self.found = base.detach(), directions.detach(), {name: value.detach() for name, value in covariances.items()}
+        where = torch.cat(list(out.where.values()))
         linear = torch.zeros(*shape, d, d, dtype=torch.float64, device=self.device)
         drift = torch.zeros(*shape, d, dtype=torch.float64, device=self.device)
         noise = torch.zeros(*shape, d, d, dtype=torch.float64, device=self.device)
-        tolerance = 1e-9 if self.dtype == torch.float64 else 2e-4
-        for name, (where, mean, covariance) in out["sites"].items():
-            if self.check and not (mean[:, :, 0].isfinite().all() and covariance[:, :, 0].isfinite().all()):
-                raise ValueError(f"the mean or covariance of site {name!r} of {model} is NaN or infinite: look for a parameter "
-                                 "that is, or a scale that overflows")
-            base, directions = mean[:, :, 0], (mean[:, :, 1:head] - mean[:, :, :1]) / self.stride
-            linear[:, :, where, :] = directions.transpose(-1, -2)
-            drift[:, :, where] = base
-            noise[:, :, where[:, None], where] = covariance[:, :, 0]
-            if self.check:
-                self._require_affine(f"site {name!r}: its mean", mean[:, :, head:], base, directions, tests, tolerance)
-                size = covariance.abs().amax((-1, -2), keepdim=True)
-                if not ((covariance - covariance[:, :, :1]).abs() <= tolerance * size).all():
-                    raise ValueError(f"site {name!r} of {model} is Gaussian, but its covariance depends on the state: the "
-                                     "model is not linear-Gaussian. Use ParticleFilter or a guide")
-        after = out["next"]
-        base, directions = after[:, :, 0], (after[:, :, 1:head] - after[:, :, :1]) / self.stride
-        if self.check:
-            self._require_affine("the next state", after[:, :, head:], base, directions, tests, tolerance)
-        self._require_causal(out["sites"], linear)
+        linear[:, :, where, :] = directions[..., :len(where)].transpose(-1, -2)
+        drift[:, :, where] = base[..., :len(where)]
+        for name, own in covariances.items():
+            noise[:, :, out.where[name][:, None], out.where[name]] = own
+        self._require_causal(out.where, linear)
         # u = E_s state + L u + drift + noise, with L strictly lower triangular by blocks.
         solve = torch.linalg.inv(torch.eye(d, dtype=torch.float64, device=self.device) - linear)
-        flat = [where for name, (where, _, _) in out["sites"].items() if name in self.flat]
+        flat = [own for name, own in out.where.items() if name in self.flat]
         return LinearStep(
-            s, {name: (where, self.latents[name]) for name, (where, _, _) in out["sites"].items() if name in self.latents},
+            s, {name: (own, self.latents[name]) for name, own in out.where.items() if name in self.latents},
             slice(s + self.latent_width, d), solve[..., :s], (solve @ drift[..., None])[..., 0],
             solve @ noise @ solve.transpose(-1, -2),
-            solve[0, 0][:, torch.cat(flat)] if flat else solve.new_zeros(d, 0), directions.transpose(-1, -2), base,
-            out["template"], *((solve, noise) if self.first else ()))
+            solve[0, 0][:, torch.cat(flat)] if flat else solve.new_zeros(d, 0),
+            directions[..., len(where):].transpose(-1, -2), base[..., len(where):], out.template,
+            *((solve, noise) if self.first else (None, None)), self)
 
-    def _require_causal(self, sites: dict[str, Any], linear: Tensor) -> None:
+    def _require_causal(self, sites: dict[str, Tensor], linear: Tensor) -> None:
         """A site reads the state and the sites before it; data read ahead of its site would make no generative model."""
         ahead = torch.ones(self.width, dtype=torch.bool, device=self.device)
         ahead[:self.state_width] = False
-        for name, (where, _, _) in sites.items():
+        for name, where in sites.items():
             if (linear[:, :, where][..., ahead] != 0).any():
                 raise ValueError(f"site {name!r} of {type(self.model).__name__} reads data of its own frame that is observed "
                                  "at or after it: that is no generative model, and has no evidence. If it is an input, pass it "
@@ -177,30 +225,80 @@ class _Probe:
             ahead[where] = False
 
     def _latent_sites(self) -> dict[str, torch.Size]:
-        zero = torch.zeros(1, self.state_width + self.data_width, device=self.device)
-        # The model's own first state, as zero may be none that it can be in: probabilities, say.
-        state = self.state if self.first else self._unflatten_state(zero[:, :self.state_width], 1)
-        x = self._unflatten_data(zero, self.state_width, 1)
-        with StepSites(self._frame(1, x, repeat=False), proposal=self._draw) as step:
-            self.model.apply(state, self._frame(1, x, repeat=False))
+        """Run the step on draws of its latents, which are kept as further points to test at."""
+        count, u = 1, torch.zeros(1, self.state_width + self.data_width, device=self.device)
+        # From a state that the model can be in, where one is known, as zero may be none: probabilities, say.
+        state = self._unflatten_state(u[:, :self.state_width], 1)
+        if self.first or self.starts is not None:
+            count = _DRAWN if self.check else 1
+            state = map_state(lambda leaf: leaf.detach().expand(count, *leaf.shape[1:]) if self.first else leaf, self.starts)
+        x, frame = self._some_data(count), None
+        generator = torch.Generator("cpu").manual_seed(1)
+
+        def draw(name: str, p: Distribution) -> tuple[None, Tensor | None]:
+            """Those without a distribution are put at zero, the first row of the others at their mean."""
+            base = innermost(p)
+            if isinstance(base, ImproperUniform):
+                return None, next(iter(x.values())).new_zeros(p.shape())
+            if not is_gaussian(p) or count == 1:
+                return None, None
+            spread = base.scale.reshape(count, -1) if isinstance(base, Normal) else root(p)
+            noise = torch.randn(count, spread.shape[1], generator=generator, device="cpu").to(spread) * 2
+            noise[0] = 0.0
+            off = spread * noise if spread.dim() == 2 else (spread @ noise[..., None])[..., 0]
+            return None, p.mean + off.reshape(p.shape())
+
+        frame = self._frame(count, x)._replace(first=True)  # on which types are checked
+        with StepSites(frame, proposal=draw) as step:  # with gradients: Pyro keeps the parameters that are first read here
+            after = self.model.apply(state, frame)
         _require_continuous(step.latents, type(self.model).__name__)
         for site in step.sites.values():
             _require_gaussian(site.p, site.name, type(self.model).__name__, flat=self.first and not site.observed)
         self.flat = {name for name, site in step.sites.items() if isinstance(site.p, ImproperUniform)}
         observed = [site for site in step.sites.values() if site.observed]
         self.dtype = observed[0].value.dtype if observed else torch.get_default_dtype()
+        if self.dtype not in _TOLERANCE:
+            raise ValueError(f"the data is {self.dtype}, in which nothing can be found linear: convert data and model, "
+                             "x.float() or x.double()")
         sizes = [site.value[0].numel() for site in observed]
         if sum(sizes) != self.data_width:
             raise ValueError(
                 f"the observed sites {[s.name for s in observed]} of {type(self.model).__name__} have {sum(sizes)} entries a "
                 f"frame and its data {sorted(self.x)} {self.data_width}: each entry of the data is observed once, with obs= in "
                 "pyro.sample")
+        self.drawn = self.reached = None
+        if count > 1:
+            parts = [*leaves(state), *(site.value for site in step.latents.values()), *x.values()]
+            self.drawn = torch.cat([part.detach().double().reshape(count, -1) for part in parts], -1)
+            self.reached = map_state(Tensor.detach, after)
+            means = [moments(site.p, self.device)[0] for site in step.sites.values()]
+            self.at_drawn = torch.cat([value.double().reshape(count, -1) for value in (*means, *leaves(after))], -1).detach()
         return {name: site.value.shape[1:] for name, site in step.latents.items()}
 
-    def _draw(self, name: str, p: Distribution) -> tuple[None, Tensor | None]:
-        """Latents come from the model; those without a distribution are put at zero."""
-        like = next(iter(self.sequences.x.values()))
-        return None, like.new_zeros(p.shape()) if isinstance(p, ImproperUniform) else None
+    def _some_data(self, count: int) -> dict[str, Tensor]:
+        """Frames ``(count, ...)`` from all over the data, its gaps at zero."""
+        index = torch.arange(count, device=self.device)
+        sequence = index * self.sequences.num_sequences // count
+        time = (index * 0.618).frac() * self.sequences.lengths[sequence]
+        return {k: v[sequence, time.long()].nan_to_num() for k, v in self.sequences.x.items()}
+
+    def _require_finite(self, out: _Ran, base: Tensor, covariances: dict[str, Tensor]) -> None:
+        bad = [out.what(int(at))[0] for at in (~base.isfinite()).flatten(0, 1).any(0).nonzero()[:1]] + [
+            name for name, value in covariances.items() if not value.isfinite().all()]
+        if bad and bad[0]:
+            raise ValueError(f"the mean or covariance of site {bad[0]!r} of {type(self.model).__name__} is NaN or infinite: "
+                             "look for a parameter that is, or a scale that overflows")
+
+    def _require_same(self, out: _Ran) -> None:
+        """Raise unless the draws' rows give the same among others as alone."""
+        if self.drawn is None:
+            return
+        among = out.values[0, 0, -_DRAWN:].detach()
+        size = self.at_drawn.abs() + among.abs() + self.drawn.abs().amax(-1, keepdim=True)
+        same = (self.at_drawn - among).abs() <= 10 * _TOLERANCE[self.dtype][0] * size
+        wrong = ~(same | ~among.isfinite()).all(0)
+        if wrong.any():
+            raise ValueError(ROWS_MIXED.format(what=out.what(int(wrong.nonzero()[0]))[1], model=type(self.model).__name__))
 
     def _columns(self, name: str, value: Tensor) -> Tensor:
         """``(width,)``: the entries of u that an observed site holds. It observes the data itself, whole or in part."""
@@ -221,43 +319,73 @@ class _Probe:
         scale = self.sequences.largest or 1.0
         tests = [s * torch.randn(_POINTS, self.width, generator=generator, dtype=torch.float64, device="cpu")
                  for s in (*SCALES, scale)]
-        return points, torch.cat(tests).to(self.device)
+        tests = torch.cat(tests).to(self.device)
+        return points, tests if self.drawn is None else torch.cat([tests, self.drawn])
 
-    def _run(self, points: Tensor) -> dict[str, Any]:
+    def require_linear_at(self, step: LinearStep, time: Tensor, sequence: Tensor, state: Tensor) -> None:
+        count, at = len(time), time - self.times[0] if self.varies else torch.zeros_like(time)
+        row = sequence if self.batch > 1 else torch.zeros_like(sequence)
+
+        def here(value: Tensor) -> Tensor:
+            return value.detach()[at if len(value) > 1 else at * 0, row if value.shape[1] > 1 else row * 0]
+
+        frame_of = time - 1 - self.last + self.sequences.num_steps
+        x = {k: v[sequence, frame_of].nan_to_num() for k, v in self.sequences.x.items()}
+        own = step.noise.detach()
+        root = semidefinite_root(own.flatten(0, 1))[0].reshape(own.shape)
+        noise = torch.randn(count, self.width, 1, generator=torch.Generator("cpu").manual_seed(2), dtype=torch.float64,
+                            device="cpu").to(own)
+        u = ((here(step.carry) @ state[..., None] + here(root) @ noise)[..., 0] + here(step.drift))[
+            :, self.state_width:self.state_width + self.latent_width]
+        u = torch.cat([state, u, *(v.double().reshape(count, -1) for v in x.values())], -1).to(self.dtype).double()
+        covariates = {k: v[sequence, frame_of] for k, v in self.sequences.covariates.items()}
+        frame = Frame(time, count, {}, covariates, False, sequence, False, {}, self.sequences.device)
+        out, (base, directions, covariances) = self._apply(u, frame), self.found
+        slope = here(directions)
+        self._require_affine(out, out.values, here(base), lambda u: (u[:, None] @ slope)[:, 0],
+                             lambda u: (u[:, None] @ slope.abs())[:, 0], u, slice(None))
+        for name, covariance in out.covariances.items():
+            self._require_constant(name, covariance, here(covariances[name]))
+
+    def _run(self, points: Tensor) -> _Ran:
         """Run the step at every point, time and sequence: means and covariances of the sites, and the next state."""
         count, blocks = len(points), len(self.times) * self.batch
-        u = points.to(self.dtype).repeat(blocks, 1)
-        rows = len(u)
+        return self._apply(points.to(self.dtype).repeat(blocks, 1), self._frame(count, {}, repeat=True),
+                           (len(self.times), self.batch, count))
+
+    def _apply(self, u: Tensor, frame: Frame, shape: tuple[int, ...] | None = None) -> _Ran:
+        """:param shape: of what is returned; ``(rows,)``, without a look at the columns, when omitted."""
+        rows, u, look, shape = len(u), u.to(self.dtype), shape is not None, shape or (len(u),)
         state = self._unflatten_state(u[:, :self.state_width], rows)
         values, start = {}, self.state_width
-        for name, shape in self.latents.items():
-            values[name] = u[:, start:start + shape.numel()].reshape(rows, *shape)
-            start += shape.numel()
-        x = self._unflatten_data(u, start, rows)
-        frame = self._frame(count, x, repeat=True)
+        for name, size in self.latents.items():
+            values[name] = u[:, start:start + size.numel()].reshape(rows, *size)
+            start += size.numel()
+        frame = frame._replace(x=self._unflatten_data(u, start, rows))
         with pyro.settings.context(validate_distributions_torch=False), StepSites(frame, values=values) as step:
             after = self.model.apply(state, frame)
-        shape = (len(self.times), self.batch, count)
-        sites, start = {}, self.state_width
+        where, means, covariances, start = {}, {}, {}, self.state_width
         for name, site in step.sites.items():
             width = site.value[0].numel()
             if site.scale is not None and (isinstance(site.scale, Tensor) or site.scale != 1.0) or site.mask is not None:
                 raise ValueError(f"site {name!r} stands under poutine.scale or poutine.mask, which a Kalman filter does not "
                                  "know: mark missing data with NaN or mask=")
-            if site.observed:
-                where = self._columns(name, site.value.double().reshape(*shape, width))
-            else:
-                where = torch.arange(start, start + width, device=self.device)
+            if not site.observed:
+                where[name] = torch.arange(start, start + width, device=self.device)
                 start += width
+            elif look:
+                where[name] = self._columns(name, site.value.double().reshape(*shape, width))
             _require_gaussian(site.p, name, type(self.model).__name__, flat=self.first and not site.observed)
             mean, covariance = moments(site.p, self.device)
-            sites[name] = (where, mean.double().reshape(*shape, width), covariance.double().reshape(*shape, width, width))
-        seen = torch.cat([where for name, (where, _, _) in sites.items() if name not in self.latents])
-        if len(seen.unique()) < len(seen):
-            raise ValueError(f"an entry of the data of {type(self.model).__name__} is observed twice in one step")
-        flat = torch.cat([leaf.double().reshape(*shape, -1) for leaf in leaves(after)], -1) if leaves(after) else (
-            torch.zeros(*shape, 0, dtype=torch.float64, device=self.device))
-        return {"sites": sites, "next": flat, "template": map_state(lambda leaf: leaf[:1], after)}
+            means[name] = mean.double().reshape(*shape, width)
+            covariances[name] = covariance.double().reshape(*shape, width, width)
+        if look:
+            seen = torch.cat([own for name, own in where.items() if name not in self.latents])
+            if len(seen.unique()) < len(seen):
+                raise ValueError(f"an entry of the data of {type(self.model).__name__} is observed twice in one step")
+        following = [leaf.double().reshape(*shape, -1) for leaf in leaves(after)]
+        return _Ran(torch.cat([*means.values(), *following], -1), where, {k: v.shape[-1] for k, v in means.items()},
+                    covariances, map_state(lambda leaf: leaf[:1], after))
 
     def _frame(self, count: int, x: dict[str, Tensor], repeat: bool = False) -> Frame:
         times = torch.tensor(list(self.times), device=self.device)
@@ -289,18 +417,36 @@ class _Probe:
             start += like.numel()
         return found
 
-    def _require_affine(self, what: str, at_tests: Tensor, base: Tensor, directions: Tensor, tests: Tensor,
-                        tolerance: float) -> None:
-        expected = base[:, :, None] + tests @ directions
-        size = base.abs()[:, :, None] + tests.abs() @ directions.abs() + at_tests.abs() + 1e-12
-        wrong = ~((at_tests - expected).abs() <= tolerance * size)
+    def _require_affine(self, out: _Ran, at: Tensor, base: Tensor, slope: Callable[[Tensor], Tensor],
+                        size: Callable[[Tensor], Tensor], u: Tensor, near: slice | None) -> None:
+        """Values ``(..., n, W)`` at ``n`` points against the affine map; and those ``near`` one another against the first of
+        them, since where all numbers are large a share of them would hide what they differ by.
+
+        :param slope: the product with the directions; ``size`` with their absolute values.
+        """
+        rounding, share = _TOLERANCE[self.dtype]
+        moved, off, total = at - base, at - base - slope(u), size(u.abs())
+        level = rounding * (base.abs() + total + at.abs() + 1e-12)
+        wrong = ~(off.abs() <= level + share * (total + moved.abs()))
+        if near is not None:
+            off, level, moved, v = off[..., near, :], level[..., near, :], moved[..., near, :], u[..., near, :]
+            apart = size((v - v[..., :1, :]).abs()) + (moved - moved[..., :1, :]).abs()
+            wrong[..., near, :] |= ~((off - off[..., :1, :]).abs() <= level + level[..., :1, :] + share * apart)
         if wrong.any():
-            row = int(wrong.any(-1).nonzero()[0, -1])
-            raise ValueError(
-                f"{what} in {type(self.model).__name__} is not linear in the state (tested at {len(tests)} points of scales "
-                f"{SCALES[0]:g} to {SCALES[-1]:g}; it fails at {tests[row].abs().max().item():.2g}): the Kalman filter is "
-                "not exact here. Use ParticleFilter or a guide; or, if it is linear wherever the data can take it, "
-                "KalmanFilter(model, assume_linear=True)")
+            *_, row, column = wrong.nonzero()[0].tolist()
+            name, what = out.what(column)
+            raise (NotLinear if at.isfinite().all() else ValueError)(
+                f"{what}{': its mean' if name else ''} in {type(self.model).__name__} is not linear in the state (tested at "
+                f"{wrong.shape[-2]} points of scales {SCALES[0]:g} to {SCALES[-1]:g}, and where model and data put it; it "
+                f"fails at {u[row].abs().max().item():.2g}): the Kalman filter is not exact here. Use ParticleFilter or a "
+                "guide; or, if it is linear wherever the data can take it, KalmanFilter(model, assume_linear=True)")
+
+    def _require_constant(self, name: str, covariance: Tensor, expected: Tensor) -> None:
+        size = covariance.abs().amax((-1, -2), keepdim=True)
+        if not ((covariance - expected).abs() <= _TOLERANCE[self.dtype][1] * size).all():
+            raise (NotLinear if covariance.isfinite().all() else ValueError)(
+                f"site {name!r} of {type(self.model).__name__} is Gaussian, but its covariance depends on the state: the model "
+                "is not linear-Gaussian. Use ParticleFilter or a guide")
 
 
 def _require_continuous(latents: dict[str, Site], model: str) -> None:

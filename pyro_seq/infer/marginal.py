@@ -11,6 +11,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_seq.infer.linear import NotLinear
 from pyro_seq.infer.posterior import Draws
 from pyro_seq.module import require_model
 from pyro_seq.sequences import Sequences
@@ -26,9 +27,9 @@ class Marginal:
     So NUTS, SVI with an autoguide, Predictive and ``poutine.condition`` work on the parameters alone, in a space whose
     dimension does not grow with the data.
 
-    Whether the step is linear is checked at the first call for each shape of the data. At parameter values where the
-    evidence cannot be computed (a scale that has overflown, say), after a call in which it could, it is taken to be zero,
-    so that a sampler turns back.
+    Whether the step is linear is checked at calls 1, 2, 8, 32, ... with data of each shape, since it can be linear at some
+    parameters and not at others (a coefficient of zero). At parameter values where the evidence cannot be computed (a scale
+    that has overflown, say), after a call in which it could, it is taken to be zero, so that a sampler turns back.
 
     :param method: what computes the evidence: :class:`~pyro_seq.KalmanFilter`, :class:`~pyro_seq.ForwardBackward`, or any
         object with ``log_evidence`` and ``model``.
@@ -66,7 +67,7 @@ class Marginal:
         require_exact(method, "Marginal")
         self.method, self.model = method, method.model
         self._unchecked = unchecked(method)
-        self._checked: set[Any] = set()
+        self._calls: dict[Any, int] = {}
 
     def __call__(self, x: Any, lengths: Any = None, *, mask: Any = None, plate_size: int | None = None,
                  **covariates: Any) -> Tensor:
@@ -106,22 +107,27 @@ class Marginal:
         found = []
         for i in range(len(next(iter(samples.values())))):
             with poutine.condition(data={name: samples[name][i] for name in sites}):
-                method = self.method if i == 0 else self._unchecked
+                method = self.method if _due(i + 1) else self._unchecked
                 found.append(method.run(sequences).trajectories(1))
         return Draws({name: torch.cat([draw.samples[name] for draw in found]) for name in found[0].samples}, found[0].times)
 
     def _evidence(self, sequences: Sequences) -> Tensor:
         shape = tuple((name, value.shape) for name, value in {**sequences.x, **sequences.covariates}.items())
-        known, quiet = shape in self._checked, not torch.is_grad_enabled()
+        calls, quiet = self._calls.get(shape, 0), not torch.is_grad_enabled()
         try:
             with torch.enable_grad():  # under which the method takes the values of this call
-                found = (self._unchecked if known else self.method).log_evidence(sequences)
-        except ValueError:
-            if not known:
+                found = (self.method if _due(calls + 1) else self._unchecked).log_evidence(sequences)
+        except ValueError as error:
+            if not calls or isinstance(error, NotLinear):
                 raise
             return torch.full((sequences.num_sequences,), -torch.inf, device=sequences.device)
-        self._checked.add(shape)
+        self._calls[shape] = calls + 1
         return found.detach() if quiet else found
+
+
+def _due(call: int) -> bool:
+    """Whether a call checks the step: 1, 2, 8, 32, ..."""
+    return call == 1 or call & (call - 1) == 0 and call.bit_length() % 2 == 0
 
 
 def require_exact(method: Any, who: str) -> None:

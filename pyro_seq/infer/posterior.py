@@ -211,7 +211,7 @@ class Posterior:
         are those of the posterior. ``pyro.set_rng_seed`` makes it reproducible.
 
         :param int num_samples: futures drawn of each sequence.
-        :param covariates: inputs of the steps after each sequence's end, ``(B, horizon, ...)`` each.
+        :param covariates: inputs of the steps after each sequence's end, exactly ``(B, horizon, ...)`` each.
         :returns: samples ``(S, B, horizon, ...)`` of every site.
         """
         require_count("horizon", horizon, 1)
@@ -319,6 +319,11 @@ def draw_future(model: Any, parameters: Mapping[str, Tensor], final_state: Calla
     :param lengths: ``(B,)`` frames that each sequence has had.
     """
     batch, device = len(lengths), lengths.device
+    for name, value in covariates.items():
+        if (steps := Sequences.of(None, covariates={name: value}).num_steps) != horizon:
+            raise ValueError(f"covariate {name!r} has {steps} frames and horizon={horizon}: predict takes the {horizon} "
+                             f"after each sequence's end, (B, {horizon}, ...), such as {name}[:, T:T + {horizon}] of "
+                             "one that covers past and future")
     future = Sequences.of(None, [horizon] * batch, covariates=covariates)
     model.check_inputs(future)
     sequence = torch.arange(batch, device=device).repeat_interleave(num_samples)

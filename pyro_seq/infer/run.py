@@ -13,10 +13,11 @@ from torch import Tensor
 
 from pyro_seq.engine.handlers import look_around
 from pyro_seq.engine.loop import refuse_scaled
+from pyro_seq.engine.missing import GapRead
 from pyro_seq.module import own_parameters
 from pyro_seq.sequences import Sequences
 
-__all__ = ["Stopwatch", "entered", "refuse_scaled"]
+__all__ = ["GapRead", "Stopwatch", "entered", "refuse_scaled"]
 
 
 class Stopwatch:

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pyro_seq.engine.gaussian import semidefinite_root
 from pyro_seq.infer.linear import LinearStep
 from pyro_seq.infer.linear_gaussian.diffuse import add_diffuse, identified
 from pyro_seq.infer.linear_gaussian.gains import Gains
@@ -231,6 +232,32 @@ class Forward:
             effect = self.at_last(self.columns.after)
             return add_diffuse(precision, score, effect, mean, covariance, self.carry.proper)
         return mean, covariance
+
+    def some_states(self, count: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Draws of the filtered states ``(n, S)`` that frames of the last stretch begin from, twice as far from their means,
+        and those frames, numbered within it, and their sequences, ``(n,)`` each. None if no sequence has such a frame.
+
+        Not under ``no_grad``: what is computed here is kept.
+        """
+        where, index = self.stretches[-1].where, torch.arange(count, device=self.data.device)
+        left = self.active.sum(1) - where.start
+        rows = (left > 0).nonzero()[:, 0]
+        if not len(rows) or not self.means.last.shape[-1]:
+            return None
+        sequence = rows[index * len(rows) // count]
+        frame = ((index % max(8, count // len(rows)) * 0.618).frac() * left[sequence]).long()
+        mean, group = self.means.before[-1][frame, sequence, 0], sequence if self.group is None else self.group[sequence]
+        if self.num_diffuse:
+            effect = self.columns.before[-1]
+            effect = effect[frame, sequence if effect.shape[1] > 1 else 0]
+            mean = mean + (self.diffuse_mean(self.means)[sequence] @ effect)[:, 0]
+        times, which = (frame + where.start - 1).clamp(max=self.gains.n - 1).unique(return_inverse=True)
+        start = self.carry.covariance @ self.carry.covariance.mT if self.gains.rooted else self.carry.covariance
+        found = [self.gains.covariances[t] if t >= 0 else start for t in times.tolist()]
+        covariance = torch.stack([part.expand(max(map(len, found)), -1, -1) for part in found])
+        covariance = covariance[which, group if covariance.shape[1] > 1 else 0]
+        noise = torch.randn(*mean.shape, 1, generator=torch.Generator("cpu").manual_seed(3), device="cpu").to(mean)
+        return frame, sequence, mean + 2 * (semidefinite_root(covariance)[0] @ noise)[..., 0]
 
     def carried(self) -> Carry:
         """What the next frame begins with."""
