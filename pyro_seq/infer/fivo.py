@@ -38,7 +38,7 @@ class FIVO(SequenceLoss):
     this is the objective of auto-encoding and of variational sequential Monte Carlo (AESMC, VSMC); with 0 it is
     :class:`~pyro_seq.IWAE`. Each sequence of the batch has its own weights and ancestors.
 
-    Gradients take the ancestors as given, as all three papers do: this is biased, by a little, with much less variance.
+    Gradients take the ancestors as given, as the three papers do to lower their variance: this is biased.
     ``resampling_gradient=True`` adds what is missing, the score function of the ancestors, with the bound from their step on as
     its reward; unbiased where sequences are resampled at every step or never, since between these the times of resampling are
     taken as given. Draws without a pathwise gradient, such as discrete latents, get the same. The control variates: in a
@@ -48,7 +48,7 @@ class FIVO(SequenceLoss):
     :param int num_particles: N.
     :param float ess_threshold: 0 never resamples, 1 always does.
     :param resampling: by name, such as ``"systematic"``, or a ``pyro_seq.resampling.Resampler``. One whose weights or transport
-        carry gradients is differentiated through.
+        carry gradients is differentiated through; under one that is not ``unbiased`` the value is no bound.
     :param bool resampling_gradient: add the score function of the ancestors; needs ``"multinomial"`` resampling, which draws
         them independently.
 
