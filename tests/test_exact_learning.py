@@ -308,8 +308,8 @@ def test_a_search_cut_short():
     with pytest.warns(UserWarning, match="has not converged: max_iter=2"):
         found = seq.maximum_likelihood(seq.KalmanFilter(Level()), nile(), max_iter=2)
     assert not found.converged and "NOT converged" in repr(found) and found.trace[-1] >= found.trace[0]
-    with pytest.warns(UserWarning, match="raise num_iterations"):
-        found = seq.expectation_maximization(seq.KalmanFilter(Level()), nile(), num_iterations=2)
+    with pytest.warns(UserWarning, match="raise max_iter"):
+        found = seq.expectation_maximization(seq.KalmanFilter(Level()), nile(), max_iter=2)
     assert not found.converged and len(found.trace) == 3
 
 
@@ -361,7 +361,7 @@ def never_falls(make, seeds):
         method, data, inputs = make(seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            trace = seq.expectation_maximization(method, *data, num_iterations=3, **inputs).trace
+            trace = seq.expectation_maximization(method, *data, max_iter=3, **inputs).trace
         assert all(b >= a - 1e-10 * max(1, abs(a)) for a, b in zip(trace, trace[1:])), seed
         assert trace[-1] > trace[0]
 

@@ -653,3 +653,62 @@ def test_a_forecast_of_a_recurrence_that_reads_the_data_as_given():
     for method in (seq.KalmanFilter(Reads()), seq.ParticleFilter(Reads(), 10)):
         with pytest.raises(ValueError, match="reads data where none is given.*value that pyro.sample returns"):
             method.run(x).predict(2)
+
+
+class Volatility(LocalLevel):
+    def emission(self, z, x=None):
+        return pyro.sample("x", dist.Normal(0.3, (z / 2).exp()), obs=x)
+
+
+class LevelAndVolatility(seq.StateSpaceModel):
+    def initial(self):
+        return pyro.sample("level", dist.Normal(0.0, 1.0)), pyro.sample("h", dist.Normal(0.0, 1.0))
+
+    def transition(self, state):
+        return pyro.sample("level", dist.Normal(state[0], 0.5)), pyro.sample("h", dist.Normal(state[1], 0.5))
+
+    def emission(self, state, x=None):
+        return pyro.sample("x", dist.Normal(state[0], (state[1] / 2).exp()), obs=x)
+
+
+def test_what_a_kalman_filter_does_not_see_is_said():
+    x = torch.randn(2, 6)
+    for model, blind in ((Volatility(0.0, 1.0, 0.5), "z"), (LevelAndVolatility(), "h")):
+        found = seq.inspect(model, x)
+        for make in (seq.ExtendedKalmanFilter, seq.UnscentedKalmanFilter, seq.EnsembleKalmanFilter):
+            note = f"the data does not move ['{blind}']"
+            if blind == "z" or make is not seq.EnsembleKalmanFilter:  # an ensemble of 100 shows chance correlations
+                assert note in " ".join(make(model).run(x).notes)
+            assert note in found.why(make.__name__)
+    x[:] = torch.nan
+    assert len(seq.ExtendedKalmanFilter(LocalLevel(0.0, 1.0, 0.5)).run(x).notes) == 1
+
+
+def test_diagnostics_of_a_short_sequence_beside_long_ones():
+    x = torch.randn(2, 40)
+    table = seq.KalmanFilter(LocalLevel(0.0, 1.0, 0.5)).run(x, [40, 1]).residuals().diagnostics()
+    assert table.loc[0].notna().all(axis=None) and table.loc[1, "count"].item() == 1
+    assert table.loc[1, ["variance", "ljung_box_p", "jarque_bera_p", "ks_p"]].isna().all(axis=None)
+    with pytest.raises(ValueError, match="the longest series has 1 residuals"):
+        seq.KalmanFilter(LocalLevel(0.0, 1.0, 0.5)).run(x[:, :1]).residuals().diagnostics()
+
+
+def test_maximum_likelihood_without_a_hessian(monkeypatch):
+    class Two(LocalLevel):
+        def __init__(self):
+            super().__init__(0.0, 1.0, 0.5)
+            self.level = torch.nn.Parameter(torch.zeros(2))
+
+        def emission(self, z, x=None):
+            return pyro.sample("x", dist.Normal(z + self.level.sum(), 1.0), obs=x)
+
+    x = torch.randn(1, 20)
+    full = seq.maximum_likelihood(seq.KalmanFilter(Two()), x)
+    monkeypatch.setattr("pyro_seq.infer.estimates._MOST", 1)
+    for options, note in (({"standard_errors": False}, "none were asked for"), ({}, "with 2 parameters")):
+        found = seq.maximum_likelihood(seq.KalmanFilter(Two()), x, **options)
+        assert found.log_likelihood == pytest.approx(full.log_likelihood) and found.num_parameters == full.num_parameters
+        assert list(found.table.index) == list(full.table.index) and found.table["std_error"].isna().all()
+        assert note in " ".join(found.notes) and "level[1]" in repr(found)
+    assert not any("Hessian" in note for note in seq.maximum_likelihood(
+        seq.KalmanFilter(Two()), x, standard_errors=True).notes)

@@ -16,7 +16,7 @@ from pyro_seq.infer.run import Stopwatch, entered
 from pyro_seq.module import require_model
 from pyro_seq.sequences import Packed, Sequences
 
-__all__ = ["DeclaredFilter", "Passes", "at_the_ends", "refuse"]
+__all__ = ["DeclaredFilter", "Passes", "at_the_ends", "refuse", "told", "unmoved"]
 
 
 class Passes(Protocol):
@@ -25,6 +25,8 @@ class Passes(Protocol):
     layout: Layout
     like: State
     """A row of the state, for its structure."""
+    told: Tensor | None
+    """``(Z,)`` whether the data of any frame has moved each entry of its latents, of the frames that had data."""
     evidences: list[Tensor]
     """``(n_t,)`` log predictive density of each frame."""
 
@@ -128,6 +130,11 @@ class DeclaredFilter:
         if passes.layout.matched:
             notes.append(f"the sites {list(passes.layout.matched)} are not Gaussian: their conditional mean and variance are "
                          "matched, and the evidence is a density of that Gaussian")
+        if blind := unmoved(passes):
+            notes.append(f"the data does not move {blind}: its mean has no covariance with them, and that is all a Kalman "
+                         "filter sees (a volatility moves the variance alone). Their filtered moments are the prior's, and "
+                         "the evidence can be far off: use ParticleFilter, or observe a transform, such as the log of the "
+                         "squared data")
         return Posterior(
             method=f"{self.method} Kalman filter", kind=f"approximation ({self.method} Kalman)", log_evidence=evidence,
             standard_error=torch.full_like(evidence, 0.0 if self.num_samples is None else torch.nan), sequences=sequences,
@@ -140,6 +147,29 @@ def _padded(evidences: list[Tensor], sequences: Sequences) -> Tensor:
     """``(B, T)`` in the type of the data."""
     dtype = next((v.dtype for v in sequences.x.values() if v.is_floating_point()), torch.get_default_dtype())
     return pad_rows(evidences, sequences.packed.counts, sequences.packed).to(dtype)
+
+
+def unmoved(passes: Passes) -> list[str]:
+    """The latent sites of which no frame's data has moved an entry."""
+    if passes.told is None:
+        return []
+    return [name for name, where in passes.layout.columns().items()
+            if name in passes.layout.latents and where.stop > where.start and not passes.told[where].any()]
+
+
+def told(before: Tensor | None, gain: Tensor, variance: Tensor, data: Tensor, present: Tensor) -> Tensor | None:
+    """Which latents have been moved, after one more frame.
+
+    :param before: ``(Z,)`` after the frames before.
+    :param gain: ``(n, Z, D)``
+    :param variance: ``(n, Z)`` of the latents; ``data``, ``(n, D)``, of the data, expected beforehand.
+    :param present: booleans: what there is of the data.
+    """
+    if not bool(present.any()):
+        return before
+    share = gain.detach().abs() * data.detach().clamp(min=0).sqrt()[:, None]
+    moved = (share > 1e-6 * variance.detach().clamp(min=0).sqrt()[..., None]).any(-1).any(0)
+    return moved if before is None else before | moved
 
 
 def at_the_ends(parts: list[Tensor], packed: Packed) -> Tensor:

@@ -40,7 +40,8 @@ _M_STEPS = 30
 
 
 def expectation_maximization(method: KalmanFilter | ForwardBackward, x: Any, lengths: Any = None, *, mask: Any = None,
-                             num_iterations: int = 1000, tol: float = 1e-8, progress: bool = False,
+                             max_iter: int = 1000, tol: float = 1e-8, standard_errors: bool | None = None,
+                             progress: bool = False,
                              **covariates: Any) -> Estimates:
     r"""Maximum likelihood by expectation maximisation, for any declared model with an exact method.
 
@@ -50,8 +51,9 @@ def expectation_maximization(method: KalmanFilter | ForwardBackward, x: Any, len
     :func:`~pyro_seq.maximum_likelihood` then is the faster way to the same numbers.
 
     :param method: a :class:`~pyro_seq.KalmanFilter` or :class:`~pyro_seq.ForwardBackward`.
-    :param num_iterations: iterations at most.
+    :param max_iter: iterations at most.
     :param tol: stop when an iteration gains less than ``tol * max(1, |log likelihood|)``.
+    :param standard_errors: as of :func:`~pyro_seq.maximum_likelihood`.
     :returns: estimates as of :func:`~pyro_seq.maximum_likelihood`, with the log likelihood after each iteration in
         ``trace``. A search that ran out of iterations warns, and says so in ``converged`` and ``notes``.
     :raises ValueError: if a site has no density (a ``Delta``), or the state that a step returns is computed with parameters.
@@ -83,7 +85,7 @@ def expectation_maximization(method: KalmanFilter | ForwardBackward, x: Any, len
         raise TypeError("expectation_maximization takes a KalmanFilter or a ForwardBackward, whose posterior of the states is "
                         f"exact, not {getattr(method, '__name__', type(method).__name__)}; for other methods with a "
                         "log_evidence use maximum_likelihood")
-    require_count("num_iterations", num_iterations, 1)
+    require_count("max_iter", max_iter, 1)
     sequences = Sequences.of(x, lengths, mask=mask, covariates=covariates)
     value = refuse_unfit(method, sequences, "expectation_maximization")
     parameters, quick = Parameters(method.model), unchecked(method)
@@ -92,8 +94,8 @@ def expectation_maximization(method: KalmanFilter | ForwardBackward, x: Any, len
         _refuse_incomplete(method, sequences, parameters)
     trace, converged, pairs = [value], False, []
     slack = 100 * torch.finfo(next((v.dtype for v in sequences.x.values() if v.is_floating_point()), torch.float32)).eps
-    with tqdm(total=num_iterations, disable=not progress, desc="expectation maximization") as bar, parameters.restored():
-        for _ in range(num_iterations):
+    with tqdm(total=max_iter, disable=not progress, desc="expectation maximization") as bar, parameters.restored():
+        for _ in range(max_iter):
             complete = expect(quick, sequences)
             before = parameters.get()
 
@@ -118,11 +120,12 @@ def expectation_maximization(method: KalmanFilter | ForwardBackward, x: Any, len
                 break
     notes: tuple[str, ...] = ()
     if not converged:
-        notes = (f"not converged: the last of {num_iterations} iterations still gained {gain:.2g} nats",)
-        warnings.warn(f"expectation_maximization has {notes[0]}; raise num_iterations, or go on with maximum_likelihood",
+        notes = (f"not converged: the last of {max_iter} iterations still gained {gain:.2g} nats",)
+        warnings.warn(f"expectation_maximization has {notes[0]}; raise max_iter, or go on with maximum_likelihood",
                       stacklevel=2)
     return estimates_at(method, sequences, parameters, method="expectation maximization", converged=converged,
-                        num_iterations=len(trace) - 1, trace=tuple(trace), notes=notes)
+                        num_iterations=len(trace) - 1, trace=tuple(trace), notes=notes,
+                        standard_errors=standard_errors)
 
 
 def _expect_discrete(method: ForwardBackward, sequences: Sequences) -> Callable[[], Tensor]:

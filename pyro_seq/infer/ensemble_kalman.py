@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_seq.engine.gaussian import condition, semidefinite_inverse, semidefinite_root
 from pyro_seq.engine.noise import Layout, NoisyStep, unflatten_state
 from pyro_seq.engine.state import State
-from pyro_seq.infer.declared_filter import DeclaredFilter, at_the_ends, refuse
+from pyro_seq.infer.declared_filter import DeclaredFilter, at_the_ends, refuse, told
 from pyro_seq.module import require_count
 from pyro_seq.sequences import Packed
 
@@ -72,7 +72,10 @@ class EnsembleKalmanFilter(DeclaredFilter):
         noise = torch.randn(n, self.num_samples, step.noise_width, dtype=state.dtype, device=state.device)
         ran = step(torch.cat([state, noise], -1))
         members = torch.cat([state, ran.latents, ran.filled], -1)
-        moved, evidence, failed = self._analyse(members, ran.mean, ran.covariance, ran.value, ran.present)
+        moved, evidence, gain, failed = self._analyse(members, ran.mean, ran.covariance, ran.value, ran.present)
+        z = slice(s, s + step.layout.latent_width)
+        data = ran.mean.var(1) + ran.covariance.mean(1).diagonal(dim1=-2, dim2=-1)
+        passes.told = told(passes.told, gain[:, z], members[..., z].var(1), data, ran.present)
         sites = ", ".join(repr(name) for name in step.layout.observed)
         refuse(failed | ~evidence.isfinite(), step, f"the predictive covariance of site {sites}",
                "give the emission a positive scale, and look for a state that has diverged")
@@ -82,14 +85,14 @@ class EnsembleKalmanFilter(DeclaredFilter):
         return ran.after
 
     def _analyse(self, members: Tensor, means: Tensor, noise: Tensor, value: Tensor, present: Tensor
-                 ) -> tuple[Tensor, Tensor, Tensor]:
+                 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Move the members ``(n, N, W)`` towards the frame."""
         both = torch.cat([members, means], -1)
         root, failed = semidefinite_root(noise.flatten(0, 1))
         seen = means + (root.reshape(noise.shape) @ torch.randn_like(means)[..., None])[..., 0]
         found = condition(both.mean(1), _covariance(both, both), noise.mean(1), value, present)
         residual = torch.where(present[:, None], value[:, None] - seen, 0.0)
-        return (members + residual @ found.gain.mT, found.log_density,
+        return (members + residual @ found.gain.mT, found.log_density, found.gain,
                 found.failed | failed.reshape(len(members), -1).any(-1))
 
 
@@ -111,6 +114,7 @@ class _Ensembles:
         self.evidences: list[Tensor] = []
         self.steps: list[_Step] = []
         self.like: State = None
+        self.told: Tensor | None = None
 
     @property
     def state(self) -> Tensor:

@@ -22,6 +22,8 @@ from pyro_seq.sequences import Sequences
 __all__ = ["Estimates", "Parameters", "estimates_at", "refuse_unfit"]
 
 _QUANTILE = 1.959963984540054
+_MOST = 1000
+"""Parameters up to which a Hessian is computed unasked."""
 _EDGE = 10.0
 """Standard error on the unconstrained scale (of a log variance, say) beyond which the data puts no bound on one side."""
 
@@ -165,12 +167,19 @@ def refuse_unfit(method: Any, sequences: Sequences, who: str) -> float:
     return value.item()
 
 
-def estimates_at(exact: Any, sequences: Sequences, parameters: Parameters, **how: Any) -> Estimates:
+def estimates_at(exact: Any, sequences: Sequences, parameters: Parameters, standard_errors: bool | None = None,
+                 **how: Any) -> Estimates:
     """The table at the model's present parameters.
 
     :param exact: what computes the evidence.
+    :param standard_errors: whether to compute a Hessian; for up to 1000 parameters by default.
     :param how: further fields of the answer.
     """
+    size = len(parameters.get())
+    if standard_errors is None and size > _MOST or standard_errors is False:
+        how["notes"] = (*how.get("notes", ()), "no standard errors: none were asked for" if standard_errors is False else
+                        f"no standard errors: with {size} parameters their Hessian is large; standard_errors=True computes it")
+        return _without_errors(exact, sequences, parameters, **how)
     value = exact.log_evidence(sequences).sum()
     gradient = parameters.gradient(value, create_graph=True)
     information = -torch.stack([parameters.gradient(g, keep=True) for g in gradient]).double()
@@ -190,8 +199,7 @@ def estimates_at(exact: Any, sequences: Sequences, parameters: Parameters, **how
         u = item.unconstrained.detach()
         value_here = item.constrain(u)
         jacobian = torch.autograd.functional.jacobian(item.constrain, u).reshape(value_here.numel(), u.numel()).double()
-        names += [item.name + (f"[{','.join(map(str, index))}]" if index else "")
-                  for index in product(*map(range, value_here.shape))]
+        names += [name for name, _ in _entries(item)]
         values.append(value_here.reshape(-1).double())
         jacobians.append(jacobian)
     jacobian = torch.block_diag(*jacobians)
@@ -207,6 +215,25 @@ def estimates_at(exact: Any, sequences: Sequences, parameters: Parameters, **how
         log_likelihood=value.item(), num_observations=_observed_frames(sequences), num_parameters=basis.shape[1], table=table,
         covariance=pd.DataFrame(covariance.cpu().numpy(), index=names, columns=names),
         notes=(*how.pop("notes", ()), *notes), **how)
+
+
+def _without_errors(exact: Any, sequences: Sequences, parameters: Parameters, **how: Any) -> Estimates:
+    with torch.no_grad():
+        value = exact.log_evidence(sequences).sum()
+    found = {name: entry for item in parameters.items for name, entry in _entries(item)}
+    table = pd.DataFrame({"estimate": found.values()}, index=list(found))
+    for column in ("std_error", "z", "lower", "upper"):
+        table[column] = math.nan
+    free = sum(block[2] for item in parameters.items for block in _blocks(item))
+    return Estimates(log_likelihood=value.item(), num_observations=_observed_frames(sequences), num_parameters=free,
+                     table=table, covariance=pd.DataFrame(index=table.index, columns=[], dtype=float), **how)
+
+
+def _entries(item: Free) -> Iterator[tuple[str, float]]:
+    """The name and value of each entry of a parameter."""
+    value = item.constrain(item.unconstrained.detach())
+    for index, entry in zip(product(*map(range, value.shape)), value.double().reshape(-1).tolist(), strict=True):
+        yield item.name + (f"[{','.join(map(str, index))}]" if index else ""), entry
 
 
 def _identified(item: Free) -> Tensor:

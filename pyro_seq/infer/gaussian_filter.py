@@ -20,7 +20,7 @@ from torch import Tensor
 from pyro_seq.engine.gaussian import condition, semidefinite_inverse, symmetric
 from pyro_seq.engine.noise import Layout, NoisyStep, unflatten_state
 from pyro_seq.engine.state import State
-from pyro_seq.infer.declared_filter import DeclaredFilter, at_the_ends, refuse
+from pyro_seq.infer.declared_filter import DeclaredFilter, at_the_ends, refuse, told
 from pyro_seq.sequences import Packed
 
 __all__ = ["GaussianFilter", "Joint", "Outputs"]
@@ -74,6 +74,9 @@ class GaussianFilter(DeclaredFilter):
         sites = ", ".join(repr(name) for name in step.layout.observed)
         refuse(found.failed | ~found.log_density.isfinite(), step, f"the predictive covariance of site {sites}",
                "give the emission a positive scale, and look for a state that has diverged")
+        width, variance = v.shape[-1], joint.covariance.diagonal(dim1=-2, dim2=-1)
+        data = variance[:, -ran.mean.shape[-1]:] + (0.0 if joint.noise is None else joint.noise.diagonal(dim1=-2, dim2=-1))
+        passes.told = told(passes.told, found.gain[:, width:width + z], variance[:, width:width + z], data, ran.present)
         keep = torch.cat([torch.arange(s), v.shape[-1] + torch.arange(z + step.filled_width)]).to(v.device)
         w, w_covariance = found.mean[:, keep], found.covariance[:, keep[:, None], keep]
         if self.model.markov_history == 1 and s:
@@ -146,6 +149,7 @@ class _Moments:
         self.evidences: list[Tensor] = []
         self.steps: list[_Step] = []
         self.like: State = None
+        self.told: Tensor | None = None
 
     @property
     def state_mean(self) -> Tensor:

@@ -18,7 +18,7 @@ __all__ = ["maximum_likelihood"]
 
 
 def maximum_likelihood(method: Any, x: Any, lengths: Any = None, *, mask: Any = None, max_iter: int = 500, tol: float = 1e-7,
-                       progress: bool = False, **covariates: Any) -> Estimates:
+                       standard_errors: bool | None = None, progress: bool = False, **covariates: Any) -> Estimates:
     r"""Maximise the exact log evidence over the model's parameters, by limited-memory BFGS.
 
     All trainable parameters of ``method.model`` are moved, on the unconstrained scale of their ``PyroParam``; those with
@@ -29,6 +29,8 @@ def maximum_likelihood(method: Any, x: Any, lengths: Any = None, *, mask: Any = 
     :param max_iter: iterations at most.
     :param tol: the largest entry of the gradient on the unconstrained scale, relative to ``max(1, |log likelihood|)``, at
         which the search ends.
+    :param standard_errors: of the estimates, from a Hessian whose cost grows with the square of their number; of up to 1000
+        parameters by default. NaN otherwise.
     :param progress: show a bar.
     :raises ValueError: if the evidence or its gradient is not finite at the start, or there is nothing to estimate.
 
@@ -88,4 +90,5 @@ def maximum_likelihood(method: Any, x: Any, lengths: Any = None, *, mask: Any = 
                       stacklevel=2)
     notes = () if found.converged else (f"not converged: {found.reason}",)
     return estimates_at(method, sequences, parameters, method="maximum likelihood", converged=found.converged,
-                        num_iterations=found.iterations, trace=tuple(trace), notes=notes)
+                        num_iterations=found.iterations, trace=tuple(trace), notes=notes,
+                        standard_errors=standard_errors)

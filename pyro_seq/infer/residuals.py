@@ -46,7 +46,9 @@ class Residuals(pd.DataFrame):
         closed up.
 
         :param int lags: of Ljung-Box; 10, or a fifth of the series if that is less, by default.
-        :raises ValueError: if a series is shorter than the lags ask for.
+        A series too short for the lags has NaN in these columns.
+
+        :raises ValueError: if every series is.
 
         Source: Ljung and Box, *On a measure of lack of fit in time series models*, 1978; Jarque and Bera, *Efficient tests
         for normality, homoscedasticity and serial independence of regression residuals*, 1980.
@@ -54,7 +56,10 @@ class Residuals(pd.DataFrame):
         rows = {}
         for key, series in self.groupby(["sequence", "site", "entry"], sort=False):
             rows[key] = _tests(series["normal"].to_numpy(), series["pit"].to_numpy(), lags)
-        table = pd.DataFrame.from_dict(rows, orient="index").astype({"count": int})
+        if all(row["short"] for row in rows.values()):
+            longest = max(row["count"] for row in rows.values())
+            raise ValueError(f"lags={lags}, and the longest series has {longest} residuals: it is from 1 to less than that")
+        table = pd.DataFrame.from_dict(rows, orient="index").drop(columns="short").astype({"count": int})
         table.index = pd.MultiIndex.from_tuples(rows, names=["sequence", "site", "entry"])
         return table
 
@@ -177,10 +182,12 @@ def _tests(normal: np.ndarray, pit: np.ndarray, lags: int | None) -> dict[str, f
     count = len(normal)
     lags = max(1, min(10, count // 5)) if lags is None else lags
     if lags < 1 or count <= lags:
-        raise ValueError(f"lags={lags}, and a series has {count} residuals: it is from 1 to less than that")
+        return {"count": count, "mean": normal.mean() if count else np.nan, "variance": np.nan, "short": True,
+                **dict.fromkeys(("ljung_box", "ljung_box_p", "jarque_bera", "jarque_bera_p", "ks", "ks_p"), np.nan)}
     serial = acorr_ljungbox(normal, lags=[lags])
     shape = stats.jarque_bera(normal)
     uniform = stats.kstest(pit, "uniform")
-    return {"count": count, "mean": normal.mean(), "variance": normal.var(ddof=1), "ljung_box": serial["lb_stat"].iloc[0],
+    return {"count": count, "mean": normal.mean(), "variance": normal.var(ddof=1), "short": False,
+            "ljung_box": serial["lb_stat"].iloc[0],
             "ljung_box_p": serial["lb_pvalue"].iloc[0], "jarque_bera": shape.statistic, "jarque_bera_p": shape.pvalue,
             "ks": uniform.statistic, "ks_p": uniform.pvalue}

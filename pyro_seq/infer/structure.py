@@ -19,7 +19,9 @@ from pyro_seq.engine.gaussian import innermost, is_gaussian
 from pyro_seq.engine.sites import Site, StepSites
 from pyro_seq.engine.state import State, leaves, map_state
 from pyro_seq.infer.conditional import marginalise, spread
+from pyro_seq.infer.declared_filter import unmoved
 from pyro_seq.infer.linear import linearise
+from pyro_seq.infer.unscented_kalman import UnscentedKalmanFilter
 from pyro_seq.module import own_parameters, require_model
 from pyro_seq.sequences import Sequences, first_rows
 
@@ -275,6 +277,10 @@ class _Inspection:
         names = list(self.latents)
         no_likelihood = f"the sites {names} are latent, and the likelihood is an integral over them" if names else None
         approximate = self._reason(self._approximable)
+        blind = [] if approximate else self._blind()
+        unseen = "" if not blind else (
+            f"but the data does not move {blind}, having no covariance with them: their filtered moments are the prior's, and "
+            "the evidence can be far off")
         drawn = self._reason(self._drawable)
         learned, refined = self._reason(self._learnable), self._reason(self._pathwise)
         remark = ""
@@ -284,7 +290,7 @@ class _Inspection:
         globals = self.model.global_sites()
         beside = f"with global_guide= for {globals}" if globals else ""
         rows = [("KalmanFilter", no_kalman, ""), ("ForwardBackward", no_tables, ""), ("ExactLikelihood", no_likelihood, ""),
-                *((f"{name}KalmanFilter", approximate, "") for name in ("Extended", "Unscented", "Ensemble")),
+                *((f"{name}KalmanFilter", approximate, unseen) for name in ("Extended", "Unscented", "Ensemble")),
                 ("RaoBlackwellisedFilter", no_split, remark), ("ParticleFilter", drawn, ""),
                 ("FilteringGuide", learned, beside), ("AmortizedVariationalFilter", learned or refined, beside),
                 ("SequentialELBO", self._reason(self._boundable), self._guides(learned, refined))]
@@ -394,6 +400,13 @@ class _Inspection:
         for name, sites in self.seen.items():
             if sites[0].observed and not is_gaussian(sites[0].p):
                 _require_moments(name, sites[0].p)
+
+    def _blind(self) -> list[str]:
+        """The latents that the data does not move when the step is linearised, at a few frames."""
+        try:
+            return unmoved(UnscentedKalmanFilter(self.model)._filter(self.sequences.until(_STEPS)))
+        except (ValueError, RuntimeError, TypeError):
+            return []
 
     def _drawable(self) -> None:
         for name, ps in self.latents.items():
