@@ -18,8 +18,8 @@ __all__ = ["ROWS_MIXED", "check_rows", "is_random", "refuse_random", "rows_check
 ROWS_MIXED = (
     "{what} in the step of {model} is not the same for a row alone as among others: the step mixes its rows, or draws random "
     "numbers of its own. Rows are sequences, particles and times: look for sum(), mean(), softmax() or cumsum() over dim 0, or "
-    "without dim=-1, and for a distribution of vectors that lacks .to_event(1); for dropout in training mode, model.eval(); and "
-    "sample what is random with pyro.sample")
+    "without dim=-1, and for a distribution of vectors that lacks .to_event(1); for dropout in training mode, model.eval(); "
+    "and sample what is random with pyro.sample")
 _RANDOM_OR_BATCHED = (
     torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._BatchNorm, torch.nn.RReLU)
 
