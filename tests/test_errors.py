@@ -86,7 +86,9 @@ def mistake(kind, *says, ways=None, cuda=False):
 def test_mistake(row):
     with pytest.raises((ValueError, TypeError)) as caught:
         row.program()
-    assert isinstance(caught.value, row.kind), f"{type(caught.value).__name__}: {caught.value}"
+    kind = type(caught.value)
+    kind = kind.__base__ if kind.__module__.startswith("pyro_seq.") else kind
+    assert kind is row.kind, f"{type(caught.value).__name__}: {caught.value}"
     message = str(caught.value)
     for pattern in row.says:
         assert re.search(pattern, message), f"no {pattern!r} in: {message}"
@@ -626,7 +628,7 @@ def covariate_with_gaps():
     Driven()(torch.randn(B, T), u=gappy(torch.randn(B, T, 2)))
 
 
-@mistake(TypeError, "'u'", "None", "tensor")
+@mistake(TypeError, "'u'", "NoneType", "numeric")
 def covariate_none():
     Driven()(torch.randn(B, T), u=None)
 
@@ -791,7 +793,7 @@ def extra_batch_dimension_in_initial(run):
     run(Batched(), torch.randn(B, T, 2))
 
 
-@mistake(ValueError, "site '[zx]'", r"to_event\(1\)")
+@mistake(ValueError, "site 'z'", r"to_event\(1\)")
 def extra_batch_dimension_as_large_as_the_batch():
     class Batched(Walk):
         def initial(self):
@@ -1637,7 +1639,7 @@ def prediction_without_the_covariates():
     particle_filter(Driven(), torch.randn(B, T), u=torch.randn(B, T, 2)).predict(3)
 
 
-@mistake(ValueError, "'u'", "2 frames", "horizon=3", r"\(B, 3, \.\.\.\)")
+@mistake(ValueError, "'u'", r"\(4, 2, 2\)", r"\(4, 3, \.\.\.\)")
 def prediction_with_too_few_covariates():
     particle_filter(Driven(), torch.randn(B, T), u=torch.randn(B, T, 2)).predict(3, u=torch.randn(B, 2, 2))
 

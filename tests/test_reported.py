@@ -573,7 +573,7 @@ def test_covariates_of_a_forecast_are_those_of_its_frames():
     x, u = torch.randn(1, 10), torch.arange(14.0)[None]
     posterior = seq.KalmanFilter(Driven(0.0, 1.0, 0.5)).run(x, u=u[:, :10])
     for given in (u, u[:, 10:13]):
-        with pytest.raises(ValueError, match=r"covariate 'u' has \d+ frames and horizon=4: .*u\[:, T:T \+ 4\]"):
+        with pytest.raises(ValueError, match=r"covariate .u. of shape .* has \d+ frames and horizon=4: .*u\[:, T:T \+ 4\]"):
             posterior.predict(4, u=given)
     assert posterior.predict(4, u=u[:, 10:]).mean("z")[0, -1] > 30
 
@@ -635,7 +635,7 @@ def test_an_if_on_the_time():
 
 @pytest.mark.parametrize("x, mask, error, message", [
     (torch.zeros(2, 5), torch.ones(5).bool(), ValueError, r"mask has shape \(5,\); for 'x' of shape \(2, 5\) it is \(2, 5\)"),
-    ([1.0, None, 2.0], None, TypeError, "'x' holds None.*NaN"),
+    ([1.0, None, 2.0], None, TypeError, "'x' holds None .*NaN"),
     ([[1.0, None, 2.0]], None, TypeError, "'x' of type list is not numeric.*NaN")])
 def test_gaps_that_are_marked_in_other_ways(x, mask, error, message):
     with pytest.raises(error, match=message):

@@ -305,7 +305,7 @@ class KalmanStream:
 
 
 def _require_linear_where_it_is(forward: Forward, start: int = 2) -> None:
-    """Test the step of the later frames again, at draws of the filtered states they begin from, spread over time and sequences.
+    """Test the step of the later frames again, about filtered states that they begin from, spread over time and sequences.
 
     :param start: the time of the first of them.
     """

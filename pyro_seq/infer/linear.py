@@ -18,7 +18,7 @@ from pyro.distributions import Delta, ImproperUniform
 from torch import Tensor
 from torch.distributions import Distribution, Normal, constraints
 
-from pyro_seq.engine.gaussian import innermost, is_gaussian, moments, root, semidefinite_root
+from pyro_seq.engine.gaussian import innermost, is_gaussian, moments, root
 from pyro_seq.engine.rows import ROWS_MIXED
 from pyro_seq.engine.sites import Site, StepSites
 from pyro_seq.engine.state import State, leaves, map_state
@@ -97,7 +97,7 @@ def linearise_later(model: Any, sequences: Sequences, before: LinearStep, times:
 
 
 def require_linear_at(step: LinearStep, time: Tensor, sequence: Tensor, state: Tensor) -> None:
-    """Run a step once more from states that a filter has reached, each with a draw of its latents and the data of its frame.
+    """Run a step once more from states that a filter has reached, each with latents that may follow and the data of its frame.
 
     :param time: ``(n,)`` of the steps, 1-based.
     :param sequence: ``(n,)``
@@ -331,12 +331,11 @@ class _Probe:
 
         frame_of = time - 1 - self.last + self.sequences.num_steps
         x = {k: v[sequence, frame_of].nan_to_num() for k, v in self.sequences.x.items()}
-        own = step.noise.detach()
-        root = semidefinite_root(own.flatten(0, 1))[0].reshape(own.shape)
-        noise = torch.randn(count, self.width, 1, generator=torch.Generator("cpu").manual_seed(2), dtype=torch.float64,
-                            device="cpu").to(own)
-        u = ((here(step.carry) @ state[..., None] + here(root) @ noise)[..., 0] + here(step.drift))[
-            :, self.state_width:self.state_width + self.latent_width]
+        latent = slice(self.state_width, self.state_width + self.latent_width)
+        variance = step.noise.diagonal(dim1=-2, dim2=-1)[..., latent]
+        u = (here(step.carry[..., latent, :]) @ state[..., None])[..., 0] + here(step.drift[..., latent])
+        noise = torch.randn(u.shape, generator=torch.Generator("cpu").manual_seed(2), device="cpu").to(u)
+        u = u + 2 * here(variance.clamp(min=0).sqrt()) * noise
         u = torch.cat([state, u, *(v.double().reshape(count, -1) for v in x.values())], -1).to(self.dtype).double()
         covariates = {k: v[sequence, frame_of] for k, v in self.sequences.covariates.items()}
         frame = Frame(time, count, {}, covariates, False, sequence, False, {}, self.sequences.device)

@@ -321,9 +321,11 @@ def draw_future(model: Any, parameters: Mapping[str, Tensor], final_state: Calla
     batch, device = len(lengths), lengths.device
     for name, value in covariates.items():
         if (steps := Sequences.of(None, covariates={name: value}).num_steps) != horizon:
-            raise ValueError(f"covariate {name!r} has {steps} frames and horizon={horizon}: predict takes the {horizon} "
-                             f"after each sequence's end, (B, {horizon}, ...), such as {name}[:, T:T + {horizon}] of "
-                             "one that covers past and future")
+            shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
+            raise ValueError(
+                f"covariate {name!r}{shape} has {steps} frames and horizon={horizon}: predict takes the {horizon} after each "
+                f"sequence's end, ({batch}, {horizon}, ...), such as {name}[:, T:T + {horizon}] of one that covers past and "
+                "future")
     future = Sequences.of(None, [horizon] * batch, covariates=covariates)
     model.check_inputs(future)
     sequence = torch.arange(batch, device=device).repeat_interleave(num_samples)

@@ -8,7 +8,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pyro_seq.engine.gaussian import semidefinite_root
 from pyro_seq.infer.linear import LinearStep
 from pyro_seq.infer.linear_gaussian.diffuse import add_diffuse, identified
 from pyro_seq.infer.linear_gaussian.gains import Gains
@@ -234,7 +233,7 @@ class Forward:
         return mean, covariance
 
     def some_states(self, count: int) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Draws of the filtered states ``(n, S)`` that frames of the last stretch begin from, twice as far from their means,
+        """Points about the filtered states ``(n, S)`` that frames of the last stretch begin from, two standard deviations off,
         and those frames, numbered within it, and their sequences, ``(n,)`` each. None if no sequence has such a frame.
 
         Not under ``no_grad``: what is computed here is kept.
@@ -254,10 +253,12 @@ class Forward:
         times, which = (frame + where.start - 1).clamp(max=self.gains.n - 1).unique(return_inverse=True)
         start = self.carry.covariance @ self.carry.covariance.mT if self.gains.rooted else self.carry.covariance
         found = [self.gains.covariances[t] if t >= 0 else start for t in times.tolist()]
-        covariance = torch.stack([part.expand(max(map(len, found)), -1, -1) for part in found])
-        covariance = covariance[which, group if covariance.shape[1] > 1 else 0]
-        noise = torch.randn(*mean.shape, 1, generator=torch.Generator("cpu").manual_seed(3), device="cpu").to(mean)
-        return frame, sequence, mean + 2 * (semidefinite_root(covariance)[0] @ noise)[..., 0]
+        if len({len(part) for part in found}) > 1:
+            found = [part.expand(max(map(len, found)), -1, -1) for part in found]
+        variance = torch.stack(found).diagonal(dim1=-2, dim2=-1)
+        variance = variance[which, group if variance.shape[1] > 1 else 0].detach()
+        noise = torch.randn(mean.shape, generator=torch.Generator("cpu").manual_seed(3), device="cpu").to(mean)
+        return frame, sequence, mean.detach() + 2 * variance.clamp(min=0).sqrt() * noise
 
     def carried(self) -> Carry:
         """What the next frame begins with."""
