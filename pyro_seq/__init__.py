@@ -29,6 +29,7 @@ from pyro_seq.infer.particle_filter import ParticleFilter
 from pyro_seq.infer.posterior import Posterior
 from pyro_seq.infer.rao_blackwell import RaoBlackwellisedFilter
 from pyro_seq.infer.structure import Structure, exact, inspect
+from pyro_seq.infer.twisted_filter import TwistedParticleFilter
 from pyro_seq.infer.unscented_kalman import UnscentedKalmanFilter
 from pyro_seq.infer.variational import Variational
 from pyro_seq.model import AutoregressiveModel, SequentialModel, StateSpaceModel
@@ -62,6 +63,7 @@ __all__ = [
     "SmoothingGuide",
     "StateSpaceModel",
     "Structure",
+    "TwistedParticleFilter",
     "UnscentedKalmanFilter",
     "Variational",
     "backtest",
