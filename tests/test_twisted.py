@@ -8,7 +8,6 @@ import pytest
 import torch
 from models import VRNN, DeepMarkov, HiddenMarkov, LocalLevel, StochasticVolatility, linear_gaussian
 from test_exact import volatility_returns
-from test_nonlinear import Curved
 
 import pyro_seq as seq
 from pyro_seq.guides.twisted import Twist
@@ -57,7 +56,7 @@ LINEAR = {"full covariances": lambda: linear_gaussian(2, 3), "local level": Loca
 @pytest.mark.parametrize("gaps", [False, True])
 @pytest.mark.parametrize("name", LINEAR)
 def test_linear_gaussian_evidence_is_exact(name, gaps):
-    """Few particles, ragged and with gaps: all runs give the evidence of the Kalman filter, to rounding and a trace of ridge."""
+    """Few particles, ragged and with gaps: all runs give the Kalman filter's evidence, to rounding and a trace of ridge."""
     model = LINEAR[name]()
     x = model.simulate([12] * 3)["x"]
     x = with_gaps(x) if gaps else x
@@ -95,17 +94,38 @@ def test_filtered_moments_are_of_the_filtering_distribution():
     assert ((by_step.mean(0) - exact.log_evidence_by_step[0]).abs() < 5 * by_step.std(0) / math.sqrt(40) + 0.02).all()
 
 
+class Counts(seq.StateSpaceModel):
+    """Poisson counts whose log rate is an autoregression: log-concave, and no Gaussian."""
+
+    def initial(self):
+        return pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    def transition(self, z):
+        return pyro.sample("z", dist.Normal(0.8 * z, 0.6))
+
+    def emission(self, z, x=None):
+        pyro.sample("x", dist.Poisson(torch.exp(z)), obs=x)
+
+    def quadrature(self, x):
+        grid = torch.linspace(-7, 7, 1401)
+        step = math.log(grid[1] - grid[0])
+        log_p, move = dist.Normal(0.0, 1.0).log_prob(grid), dist.Normal(0.8 * grid[:, None], 0.6).log_prob(grid)
+        for t, value in enumerate(x):
+            log_p = log_p if t == 0 else (log_p[:, None] + move).logsumexp(0) + step
+            log_p = log_p if value.isnan() else log_p + dist.Poisson(grid.exp()).log_prob(value)
+        return log_p.logsumexp(0) + step
+
+
 @pytest.mark.parametrize("quadratic", ["full", "diagonal"])
 def test_a_nonlinear_model_is_unbiased(quadratic):
-    """Against quadrature, each of 1200 copies with functions learned from its own runs; and far better than the prior."""
-    model = Curved(0.15)
-    x = model.simulate([8])["x"]
+    """Against quadrature, each of 1500 copies with functions learned from its own runs; and far better than the prior."""
+    model = Counts()
+    x = model.simulate([10])["x"]
     x[0, 4] = torch.nan
-    exact = model.quadrature(x, 801)
-    found = seq.TwistedParticleFilter(model, 20, 2, quadratic=quadratic).run(x.expand(1200, -1))
-    assert_unbiased(found.log_evidence, exact)
-    prior = seq.ParticleFilter(model, 20).run(x.expand(1200, -1))
-    assert found.log_evidence.std() < 0.5 * prior.log_evidence.std()
+    found = seq.TwistedParticleFilter(model, 20, 2, quadratic=quadratic).run(x.expand(1500, -1))
+    assert_unbiased(found.log_evidence, model.quadrature(x[0]))
+    prior = seq.ParticleFilter(model, 20).run(x.expand(1500, -1))
+    assert found.log_evidence.std() < 0.3 * prior.log_evidence.std()
 
 
 def test_functions_that_are_poor_leave_it_unbiased():
@@ -204,7 +224,7 @@ def test_whatever_is_learned_is_bounded(quadratic):
         values = torch.linalg.eigvalsh(twist.curvature)
         assert (values > -1e-12 * (1 + values.abs().amax())).all()
         noise, _, log_mean = twist.tilt(torch.zeros(50, 2), 1e3 * torch.eye(2).expand(50, -1, -1))
-        assert (1e3 * noise).abs().max() < 100 and log_mean.isfinite().all()
+        assert (1e3 * noise).abs().max() < 5000 and log_mean.isfinite().all()
 
 
 def test_tempering_keeps_half_of_the_particles():
@@ -248,7 +268,7 @@ MISTAKES = {
     "gamma": (lambda: run(gamma(), torch.ones(1, 3)), ValueError,
               "latent site 'rate' is Gamma, not Gaussian: Kalman filters, their proposals and twisted particle filters"),
     "discrete": (lambda: run(HiddenMarkov(), torch.ones(1, 3)), ValueError, "latent site 'k' is Categorical, not Gaussian"),
-    "no latents": (lambda: run(NoLatents(), torch.ones(1, 3)), ValueError, "NoLatents samples no latent site: there is nothing"),
+    "no latents": (lambda: run(NoLatents(), torch.ones(1, 3)), ValueError, "NoLatents samples no latent site: there is no"),
     "too few particles": (lambda: run(linear_gaussian(3, 1), torch.ones(1, 3, 1), 19), ValueError,
                           "num_particles=19 are too few to learn a full quadratic in 3 latents: use 20 or more, or quadratic="),
     "too few for a diagonal": (lambda: run(LocalLevel(), torch.ones(1, 3), 5, quadratic="diagonal"), ValueError,

@@ -41,9 +41,11 @@ class TwistedParticleFilter(ParticleFilter):
     .. math:: \log p(x_t \mid z_t) + \log \int f(z_{t+1} \mid h_t) \, \psi_{t+1}(z_{t+1}) \, dz_{t+1}
 
     of which the particles weigh by what is known of the smoothing distribution. Each sequence has its own. The last run uses
-    the best of the functions tried, those of the largest evidence less three times its spread, as effective sample sizes say;
+    the best of the functions tried, those of the largest evidence less five times its spread, as effective sample sizes say;
     its particles are fresh, so the estimate is unbiased. On a linear-Gaussian state-space model the quadratic is exact and the
-    variance zero; it is small where :math:`p(x_{t:T} \mid z_t)` has one mode in z.
+    variance zero; it is small where :math:`p(x_{t:T} \mid z_t)` has one mode in z. Another mode, which a quadratic cannot have, is
+    hardly ever visited: estimates are then mostly too low, and rarely far too high, so that their spread says less than it
+    should. Hold such a model against :class:`~pyro_seq.ParticleFilter`.
 
     The filtered moments are of the filtering distributions, of which particles that know the future are a poor sample: these
     are better had from :class:`~pyro_seq.ParticleFilter`. :meth:`~pyro_seq.Posterior.trajectories`, with ``history=True``, are
@@ -97,7 +99,7 @@ class TwistedParticleFilter(ParticleFilter):
         highest = torch.full_like(twists.center[:, 0, 0], -torch.inf)
         for iteration in tqdm(range(self.iterations + 1), disable=not self.progress, desc="twists"):
             seen = self._seen(twists, sequences)
-            bound = seen.evidence - 3 * seen.spread
+            bound = seen.evidence - 5 * seen.spread
             better = bound > highest
             best = Twist(*(torch.where(better.reshape(-1, *(1,) * (new.dim() - 1)), new, old)
                            for new, old in zip(twists, best)))
@@ -145,7 +147,7 @@ class TwistedParticleFilter(ParticleFilter):
             evidence[:len(factor)] += factor
             final[:len(factor)] = self.num_particles / population.weights.ess - 1
             steps.append(_latents_and_densities(step))
-        spread = ((lost + final) / self.num_particles).sqrt()
+        spread = ((lost + final) / self.num_particles).clamp(min=0).sqrt()  # rounding may leave less than none
         return _Seen(steps, ahead, *(sequences.packed.unsort(value) for value in (evidence, spread)))
 
     def _learned(self, seen: _Seen, sequences: Sequences) -> Twist:

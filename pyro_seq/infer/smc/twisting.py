@@ -10,7 +10,7 @@ from pyro_seq.guides.twisted import Twist
 __all__ = ["fit_twist", "num_coefficients", "tempered"]
 
 _RIDGE = 1e-9
-_FARTHEST = 10.0
+_FARTHEST = 1000.0
 """Standard deviations of the particles from their mean within which a twist has its maximum: farther off nothing was seen."""
 _SHARPEST = 1e8
 """Largest curvature in units of the particles' spread, for the sake of rounding."""
