@@ -122,9 +122,9 @@ def test_a_nonlinear_model_is_unbiased(quadratic):
     model = Counts()
     x = model.simulate([10])["x"]
     x[0, 4] = torch.nan
-    found = seq.TwistedParticleFilter(model, 20, 2, quadratic=quadratic).run(x.expand(1500, -1))
+    found = seq.TwistedParticleFilter(model, 50, 2, quadratic=quadratic).run(x.expand(1500, -1))
     assert_unbiased(found.log_evidence, model.quadrature(x[0]))
-    prior = seq.ParticleFilter(model, 20).run(x.expand(1500, -1))
+    prior = seq.ParticleFilter(model, 50).run(x.expand(1500, -1))
     assert found.log_evidence.std() < 0.3 * prior.log_evidence.std()
 
 
@@ -164,7 +164,7 @@ def test_networks(make):
     assert found.predict(2, 5).samples["z"].shape == (5, 3, 2, 2)
 
 
-def test_a_poor_start_is_got_over():
+def test_a_poor_fit_does_no_harm():
     """An emission that forgets the sign: where no quadratic does well, the filter is not left with one that does harm."""
     class Squared(LocalLevel):
         def emission(self, z, x=None):

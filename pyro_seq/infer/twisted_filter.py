@@ -43,20 +43,21 @@ class TwistedParticleFilter(ParticleFilter):
     of which the particles weigh by what is known of the smoothing distribution. Each sequence has its own. The last run uses
     the best of the functions tried, those of the largest evidence less five times its spread, as effective sample sizes say;
     its particles are fresh, so the estimate is unbiased. On a linear-Gaussian state-space model the quadratic is exact and the
-    variance zero; it is small where :math:`p(x_{t:T} \mid z_t)` has one mode in z. Another mode, which a quadratic cannot have, is
-    hardly ever visited: estimates are then mostly too low, and rarely far too high, so that their spread says less than it
+    variance zero; it is small where :math:`p(x_{t:T} \mid z_t)` has one mode in z. Another mode, which a quadratic cannot have,
+    is hardly ever visited: estimates are then mostly too low, and rarely far too high, so that their spread says less than it
     should. Hold such a model against :class:`~pyro_seq.ParticleFilter`.
 
     The filtered moments are of the filtering distributions, of which particles that know the future are a poor sample: these
     are better had from :class:`~pyro_seq.ParticleFilter`. :meth:`~pyro_seq.Posterior.trajectories`, with ``history=True``, are
-    where this filter shines.
+    what it is good at.
 
     :param model: a declared model whose latents are Normal or MultivariateNormal given the state. The functions are of the
         latents of a step alone: of a model that remembers more than these they tell a part.
     :param int num_particles: N, in each run.
     :param int iterations: times that the functions are learned, from one run each; fewer once that spread is below
         0.01 nats for all sequences.
-    :param str quadratic: ``"full"``, or ``"diagonal"`` for many latents: N is at least twice the number of coefficients.
+    :param str quadratic: ``"full"``, or ``"diagonal"`` for many latents. N is at least twice the number of coefficients, and
+        better many times that where the quadratic is not exact.
     :param float ess_threshold: resample when the effective sample size of weight times look-ahead is below this share of N.
     :param int num_runs: independent last runs; their average is returned, and their spread is its standard error.
     :param bool history: as for :class:`~pyro_seq.ParticleFilter`.
