@@ -231,7 +231,7 @@ def test_tempering_keeps_half_of_the_particles():
     weights = tempered(torch.tensor([[0.0, 0.1, 0.2, 0.0], [0.0, -50.0, -20.0, -80.0], [0.0, -torch.inf, -torch.inf, -9.0]]))
     torch.testing.assert_close(weights[0], torch.tensor([0.0, 0.1, 0.2, 0.0]).softmax(0))
     counts = 1 / weights.square().sum(-1)
-    assert abs(counts[1] - 2) < 1e-3 and abs(counts[2] - 1) < 1e-2
+    assert abs(counts[1] - 2) < 1e-2 and abs(counts[2] - 1) < 1e-2
     assert (weights[2, 1:3] == 0).all()
     assert num_coefficients(3, "full") == 10 and num_coefficients(3, "diagonal") == 7
 

@@ -40,9 +40,11 @@ class Twist(NamedTuple):
         curved = (self.curvature @ apart[..., None])[..., 0]
         identity = torch.eye(spread.shape[-1], dtype=spread.dtype, device=spread.device).expand_as(spread)
         precision = identity + spread.mT @ self.curvature @ spread
-        # Cholesky's factor of the precision with its axes reversed: the inverse is the factor of the covariance.
-        factor = torch.linalg.cholesky(precision.flip((-2, -1)))
-        root = torch.linalg.solve_triangular(factor, identity, upper=False).mT.flip((-2, -1))
+        if spread.shape[-1] == 1:
+            root = precision.rsqrt()
+        else:  # Cholesky's factor of the precision with its axes reversed: the inverse is the factor of the covariance
+            factor = torch.linalg.cholesky(precision.flip((-2, -1)))
+            root = torch.linalg.solve_triangular(factor, identity, upper=False).mT.flip((-2, -1))
         pull = root.mT @ spread.mT @ (self.slope - curved)[..., None]
         exponent = ((self.slope - 0.5 * curved) * apart).sum(-1) + 0.5 * pull.square().sum((-2, -1))
         return (root @ pull)[..., 0], root, exponent + root.diagonal(dim1=-2, dim2=-1).log().sum(-1)

@@ -70,7 +70,7 @@ def tempered(log_weights: Tensor, share: float = 0.5) -> Tensor:
     enough = share * live.sum(-1, keepdim=True)
     low, high = torch.zeros_like(log_weights[:, :1]), torch.ones_like(log_weights[:, :1])
     middle = high
-    for _ in range(20):
+    for _ in range(12):
         counts = 1 / powered(middle).square().sum(-1, keepdim=True) >= enough
         low, high = torch.where(counts, middle, low), torch.where(counts, high, middle)
         middle = (low + high) / 2
