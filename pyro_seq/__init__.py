@@ -33,6 +33,7 @@ from pyro_seq.infer.rao_blackwell import RaoBlackwellisedFilter
 from pyro_seq.infer.smc.conditional_path import ConditionalParticleFilter
 from pyro_seq.infer.smoothing import BackwardSampler, FixedLagSmoother, Paris
 from pyro_seq.infer.structure import Structure, exact, inspect
+from pyro_seq.infer.twisted_filter import TwistedParticleFilter
 from pyro_seq.infer.unscented_kalman import UnscentedKalmanFilter
 from pyro_seq.infer.variational import Variational
 from pyro_seq.infer.wake_sleep import ReweightedWakeSleep
@@ -74,6 +75,7 @@ __all__ = [
     "SmoothingGuide",
     "StateSpaceModel",
     "Structure",
+    "TwistedParticleFilter",
     "UnscentedKalmanFilter",
     "Variational",
     "backtest",

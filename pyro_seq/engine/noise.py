@@ -47,9 +47,9 @@ class NoisySites(StepSites):
     def _place(self, name: str, prior: Distribution) -> tuple[None, Tensor]:
         if not is_gaussian(prior):
             raise ValueError(
-                f"latent site {name!r} is {type(innermost(prior)).__name__}, not Gaussian: Kalman filters and their proposals "
-                "approximate models whose latents are Normal or MultivariateNormal given the state. Use ParticleFilter with "
-                "another guide, or declare the latent as a function of a Normal one")
+                f"latent site {name!r} is {type(innermost(prior)).__name__}, not Gaussian: Kalman filters, their proposals "
+                "and twisted particle filters are for models whose latents are Normal or MultivariateNormal given the state. "
+                "Use ParticleFilter with another guide, or declare the latent as a function of a Normal one")
         return None, _shifted(prior, self.noise(name, prior.event_shape.numel()))
 
     def fill_gaps(self, name: str, p: Distribution, value: Tensor, present: Tensor) -> Tensor:

@@ -75,4 +75,5 @@ def by_step(encodings: State, steps: int) -> list[State]:
     if isinstance(encodings, dict):
         parts = {key: by_step(value, steps) for key, value in encodings.items()}
         return [{key: parts[key][t] for key in parts} for t in range(steps)]
-    return [type(encodings)(part) for part in zip(*(by_step(value, steps) for value in encodings), strict=True)]
+    parts = zip(*(by_step(value, steps) for value in encodings), strict=True)
+    return [type(encodings)(*part) if hasattr(encodings, "_fields") else type(encodings)(part) for part in parts]
