@@ -65,6 +65,11 @@ class EnumeratedGuide(SequentialGuide):
     def prepare_rows(self, sequences: Sequences) -> None:
         self.__dict__["_support"] = read_support(self.model, sequences, "EnumeratedGuide")[0]
 
+    def stream_rows(self, sequences: Sequences, carry: State) -> tuple[None, None]:
+        if "_support" not in self.__dict__:
+            self.prepare_rows(sequences)
+        return None, None
+
     def look_ahead(self, state: State, frame: Frame, encoding: Any) -> Tensor:
         r"""``(rows,)`` :math:`\log p(x_t \mid h_{t-1})`."""
         latent, observed = self._scored(state, frame)

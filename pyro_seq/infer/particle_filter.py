@@ -72,6 +72,9 @@ class ParticleFilter:
         (torch.Size([2, 50]), torch.Size([2, 50]))
     """
 
+    adds: str | None = None
+    """What a subclass does beyond filtering, with all of the data at hand."""
+
     def __init__(self, model: Any, num_particles: int = 1000, *, guide: Any = None, ess_threshold: float = 0.5,
                  resampling: str | Scheme | Resampler = "systematic", num_runs: int = 1, history: bool = False,
                  progress: bool = False):
@@ -105,6 +108,7 @@ class ParticleFilter:
 
     def stream(self) -> ParticleStream:
         """A filter for data as it comes, in constant memory."""
+        self._refuse_alone("stream")
         return ParticleStream(self)
 
     def log_evidence_at(self, parameters: Mapping[str, Tensor], x: Any, lengths: Any = None, *, mask: Any = None,
@@ -138,11 +142,17 @@ class ParticleFilter:
             >>> method.log_evidence_at({"phi": torch.linspace(-0.9, 0.9, 7)}, torch.zeros(2, 10)).shape
             torch.Size([7, 2])
         """
+        self._refuse_alone("log_evidence_at")
         if self.num_runs != 1:
             raise ValueError("log_evidence_at runs one filter a value: make the ParticleFilter with num_runs=1, and repeat the "
                              "values")
         sequences = Sequences.of(x, lengths, mask=mask, covariates=covariates)
         return log_evidence_at(self, parameters, sequences, chunk_size)
+
+    def _refuse_alone(self, what: str) -> None:
+        """Raise if this method adds something to the filter that ``what`` would leave out."""
+        if self.adds is not None:
+            raise TypeError(f"{type(self).__name__} {self.adds}, which {what} does not do: use ParticleFilter(...).{what}")
 
     def population(self, guide: Any) -> Population:
         """What happens to the particles between steps."""

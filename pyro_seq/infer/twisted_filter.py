@@ -20,7 +20,7 @@ from pyro_seq.infer.run import Stopwatch, refuse_scaled
 from pyro_seq.infer.smc.population import LookAhead, Population
 from pyro_seq.infer.smc.twisting import fit_twist, num_coefficients
 from pyro_seq.module import require_count, require_model
-from pyro_seq.resampling import Ancestral, systematic
+from pyro_seq.resampling import Resampler, Scheme
 from pyro_seq.sequences import Frame, Sequences, first_rows, repeat_rows
 
 __all__ = ["TwistedParticleFilter"]
@@ -59,6 +59,7 @@ class TwistedParticleFilter(ParticleFilter):
     :param str quadratic: ``"full"``, or ``"diagonal"`` for many latents. N is at least twice the number of coefficients, and
         better many times that where the quadratic is not exact.
     :param float ess_threshold: resample when the effective sample size of weight times look-ahead is below this share of N.
+    :param resampling: by ancestors, as for :class:`~pyro_seq.ParticleFilter`.
     :param int num_runs: independent last runs; their average is returned, and their spread is its standard error.
     :param bool history: as for :class:`~pyro_seq.ParticleFilter`.
     :param bool progress: show progress bars.
@@ -78,14 +79,17 @@ class TwistedParticleFilter(ParticleFilter):
         True
     """
 
+    adds = "learns from all of the data where it leads"
+
     def __init__(self, model: Any, num_particles: int = 100, iterations: int = 4, *, quadratic: str = "full",
-                 ess_threshold: float = 0.5, num_runs: int = 1, history: bool = False, progress: bool = False):
+                 ess_threshold: float = 0.5, resampling: str | Scheme | Resampler = "systematic", num_runs: int = 1,
+                 history: bool = False, progress: bool = False):
         require_model(model, "TwistedParticleFilter")
         require_count("iterations", iterations, 1)
         if quadratic not in ("full", "diagonal"):
             raise ValueError(f"quadratic={quadratic!r}; it is 'full' or 'diagonal'")
-        super().__init__(model, num_particles, ess_threshold=ess_threshold, num_runs=num_runs, history=history,
-                         progress=progress)
+        super().__init__(model, num_particles, ess_threshold=ess_threshold, resampling=resampling, num_runs=num_runs,
+                         history=history, progress=progress)
         self.iterations, self.quadratic = iterations, quadratic
 
     def favours(self, guide: TwistedGuide) -> LookAhead:
@@ -141,7 +145,7 @@ class TwistedParticleFilter(ParticleFilter):
             lost[:len(found)] += torch.where((share < self.ess_threshold) | (self.ess_threshold == 1.0), 1 / share - 1, 0.0)
             return found
 
-        population = Population(Ancestral(systematic), self.ess_threshold, look_ahead)
+        population = Population(self.resampler, self.ess_threshold, look_ahead)
         for step in forward(self.model, guide, sequences, self.num_particles, between=population.between):
             refuse_scaled(self.model, step)
             factor = population.weigh(step)

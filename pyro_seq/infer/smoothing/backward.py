@@ -64,6 +64,8 @@ class BackwardSampler(ParticleFilter):
         (torch.Size([2, 50]), torch.Size([100, 2, 50]))
     """
 
+    adds = "goes back from the end"
+
     def __init__(self, model: Any, num_particles: int = 1000, *, num_trajectories: int = 500, method: str = "exact",
                  **options: Any):
         super().__init__(model, num_particles, history=True, **options)

@@ -53,6 +53,8 @@ class FixedLagSmoother(ParticleFilter):
         ('smoothed moments are given the next 10 frames',)
     """
 
+    adds = "smooths by what comes after"
+
     def __init__(self, model: Any, num_particles: int = 1000, *, lag: int, **options: Any):
         super().__init__(model, num_particles, **options)
         require_count("lag", lag, 0)
@@ -61,6 +63,9 @@ class FixedLagSmoother(ParticleFilter):
         if self.history:
             raise ValueError("history=True keeps all particles, to smooth by their genealogy: that is ParticleFilter's; "
                              "FixedLagSmoother keeps the last few")
+        if not self.resampler.ancestral:
+            raise ValueError(f"FixedLagSmoother traces ancestors, and {type(self.resampler).__name__} mixes particles: use a "
+                             "resampling by ancestors, such as 'systematic'")
         self.lag = lag
 
     def recorder(self, packed: Packed) -> Record:

@@ -75,6 +75,8 @@ class Paris(ParticleFilter):
         torch.Size([2, 30])
     """
 
+    adds = "sums over the particles as it goes"
+
     def __init__(self, model: Any, functional: Functional, num_particles: int = 1000, *, num_backward: int = 2,
                  method: str = "exact", **options: Any):
         super().__init__(model, num_particles, **options)
