@@ -459,7 +459,8 @@ def _numeric(name: str, value: Any) -> Tensor:
     try:
         return _from_numpy(np.asarray(value))
     except (TypeError, ValueError) as error:
-        what = f"of type {type(value).__name__} is not numeric data" if value is not None else "holds None (NoneType), which is not numeric"
+        what = "holds None (NoneType), which is not numeric" if value is None else (
+            f"of type {type(value).__name__} is not numeric data")
         raise TypeError(f"{name!r} {what}: pass a tensor, an array, a list of sequences, or a pandas Series or DataFrame, "
                         "with NaN (float('nan'), not None) where a value is missing") from error
 

@@ -217,9 +217,9 @@ class Posterior:
             if (steps := Sequences.of(None, covariates={name: value}).num_steps) != horizon:
                 shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
                 raise ValueError(
-                    f"covariate {name!r}{shape} has {steps} frames and horizon={horizon}: predict takes the {horizon} after each "
-                    f"sequence's end, ({batch}, {horizon}, ...), such as {name}[:, T:T + {horizon}] of one that covers past and "
-                    "future")
+                    f"covariate {name!r}{shape} has {steps} frames and horizon={horizon}: predict takes the {horizon} after "
+                    f"each sequence's end, ({batch}, {horizon}, ...), such as {name}[:, T:T + {horizon}] of one that covers "
+                    "past and future")
         future = Sequences.of(None, [horizon] * batch, covariates=covariates)
         self.model.check_inputs(future)
         sequence = torch.arange(batch, device=device).repeat_interleave(num_samples)
