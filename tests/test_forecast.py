@@ -546,7 +546,7 @@ def errors():
     (lambda: drawn().plot(entry=1), ValueError, "entry=1: a frame of 'x' has 1"),
     (lambda: drawn().plot(levels=()), ValueError, "between 0 and 1"),
     (lambda: errors().plot_residuals(sequence=3), ValueError, "0 residuals of site 'x', sequence 3"),
-    (lambda: errors().diagnostics(lags=6), ValueError, "lags=6, and a series has 6"),
+    (lambda: errors().diagnostics(lags=6), ValueError, "lags=6, and the longest series has 6"),
     (lambda: seq.Sequences.of(torch.zeros(3)).until(0), ValueError, "t=0"),
 ])
 def test_mistakes(call, error, message):

@@ -712,3 +712,9 @@ def test_maximum_likelihood_without_a_hessian(monkeypatch):
         assert note in " ".join(found.notes) and "level[1]" in repr(found)
     assert not any("Hessian" in note for note in seq.maximum_likelihood(
         seq.KalmanFilter(Two()), x, standard_errors=True).notes)
+
+
+def test_a_marginalised_site_that_is_not_linear_only_where_the_state_is():
+    x = torch.full((1, 6), 1001.0)
+    with pytest.raises(ValueError, match="marginalise|not linear"):
+        seq.RaoBlackwellisedFilter(Weir(), 2, marginal=["z"]).run(x)

@@ -102,9 +102,9 @@ class Marginalised:
         base = self._draw(state, frame)
         columns, width = self._columns(base, mean.shape[-1])
         step = _Affine(self, base, state, frame, columns, mean.shape[-1], width)
-        if self.always or base.feeds or frame.t in _DUE:
-            step.require_affine()
         (u, spread), log_density = step.condition(mean, covariance)
+        if self.always or base.feeds or frame.t in _DUE:
+            step.require_affine(u, spread.diagonal(dim1=-2, dim2=-1))
         for name in base.plain:
             log_density = log_density + base.sites[name].log_p().double()
         like = next((v.dtype for v in frame.x.values() if v.is_floating_point()), torch.get_default_dtype())
@@ -278,8 +278,9 @@ class _Affine:
         keep[:, :, at] -= gain
         return (u + (gain @ residual[..., None])[..., 0], keep @ joint @ keep.mT), log_density
 
-    def require_affine(self) -> None:
-        """Test, at random points of several scales, that the step is what its matrices say.
+    def require_affine(self, u: Tensor, variance: Tensor) -> None:
+        """Test, at random points of several scales and about the filtered moments ``(rows, W)`` of u, that the step is what its
+        matrices say.
 
         :raises ValueError: naming the site that is not.
         """
@@ -290,8 +291,11 @@ class _Affine:
         fixed = torch.ones(self.width, dtype=torch.bool, device=tests.device)
         fixed[self.moved] = False
         tests[:, fixed] = 0.0
+        noise = torch.randn(len(rows), 4, self.width, generator=generator, dtype=torch.float64, device="cpu").to(tests)
+        near = u[rows, None] + 2 * variance[rows, None].clamp(min=0).sqrt() * noise
+        tests = torch.cat([tests.expand(len(rows), -1, -1), near.masked_fill(fixed, 0.0).detach()], 1)
         ran = self._run(tests, rows, whole=True)
-        kind, where = self.model.kind, f"(tested at {len(tests)} points of scales {SCALES[0]:g} to {SCALES[-1]:g})"
+        kind, where = self.model.kind, f"(tested at {tests.shape[1]} points of scales {SCALES[0]:g} to {SCALES[-1]:g})"
         given = f" given {list(self.model.split.conditioning)}" if self.model.split.conditioning else ""
         marginal = f"{list(self.model.split.marginal)}{' or on data that is missing' if self.base.feeds else ''}"
         for name, values in ran.densities.items():
@@ -325,9 +329,10 @@ class _Affine:
                              "is not exact for them. Use ParticleFilter, or marginalise fewer sites")
 
     def _run(self, points: Tensor, rows: Tensor, whole: bool = False) -> _Ran:
-        """Run the step on ``rows``, each at all the ``(P, W)`` points of u."""
-        count, total = len(points), len(points) * len(rows)
-        u = points.repeat(len(rows), 1)
+        """Run the step on ``rows``, each at all the ``(P, W)`` points of u, or at its own of ``(rows, P, W)``."""
+        count = points.shape[-2]
+        total = count * len(rows)
+        u = points.expand(len(rows), -1, -1).flatten(0, 1)
         base, split, frame = self.base, self.model.split, self.frame
 
         def repeated(value: Tensor) -> Tensor:
