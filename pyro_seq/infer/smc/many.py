@@ -161,7 +161,7 @@ class ManyParticles:
                 raise ValueError(f"parameters[{name!r}] has shape {tuple(value.shape)}; one value of it is of shape {shape}, "
                                  f"so that M of them are {(len(value), *shape)}")
         with torch.random.fork_rng([frame.device] if frame.device.type == "cuda" else []):
-            sites, after, _ = self._at(0, lambda: weighted_step(model, self.guide, model.begin(frame), frame, encoding))
+            sites, after, *_ = self._at(0, lambda: weighted_step(model, self.guide, model.begin(frame), frame, encoding))
         refuse_scaled(model, Step(frame, sites, None, after, None, None, None))
 
     def _alone(self, frame: Frame, encoding: Any, state: State) -> tuple[State, Tensor]:
