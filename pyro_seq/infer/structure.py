@@ -354,7 +354,7 @@ class _Inspection:
             if self.sizes[name] is None:
                 kinds = dict.fromkeys(type(innermost(p)).__name__ for p in ps)
                 raise ValueError(f"site {name!r} of {self.kind} is {', then '.join(kinds)}, which has no finite support to "
-                                 "enumerate, the same at every step")
+                                 f"enumerate{', the same at every step' if len(kinds) > 1 else ''}")
         if (states := math.prod(self.sizes[name] for name in self.latents)) > _MOST_STATES:
             raise ValueError(f"the latents of {self.kind} have {states} joint values a step, more than the {_MOST_STATES} "
                              "that exact inference takes on")
