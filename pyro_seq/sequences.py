@@ -467,7 +467,8 @@ def _tensor(name: str, value: Any, lengths: Any) -> tuple[Tensor, Any]:
     if value.is_complex():
         raise TypeError(f"{name!r} is complex; pass real and imaginary parts as two dimensions")
     if value.dim() == 0:
-        raise ValueError(f"{name!r} is a single number; sequences have shape (B, T, ...) or, for one series, (T,)")
+        raise ValueError(f"{name!r} is a single number; sequences have shape (B, T, ...) or, for one series, (T,). If it is "
+                         "meant as an option, this function has none of that name")
     return (value[None] if value.dim() == 1 else value), lengths
 
 
@@ -486,6 +487,10 @@ def _index(value: Any) -> tuple[pd.Index, ...]:
     parts = value if isinstance(value, (list, tuple)) else [value]
     if not all(isinstance(part, (pd.Series, pd.DataFrame)) for part in parts):
         return ()
+    for part in parts:
+        if isinstance(part.index, (pd.DatetimeIndex, pd.PeriodIndex)) and not part.index.is_monotonic_increasing:
+            raise ValueError(f"the dates of a {type(part).__name__} are not in order, from {part.index[0]} to {part.index[-1]}"
+                             ": frames are taken one after the other as they stand, so sort them, x.sort_index()")
     return () if all(part.index.equals(pd.RangeIndex(len(part))) for part in parts) else tuple(part.index for part in parts)
 
 

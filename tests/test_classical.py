@@ -305,9 +305,8 @@ def test_proper_start_is_that_of_unobserved_components():
     compare_components(seq.KalmanFilter(model).run(torch.tensor(x)), other.smooth(parameters_of(other, {})))
 
 
-@pytest.mark.parametrize("initial, expected", [(None, NILE_DIFFUSE), ((1000.0, math.sqrt(1e5)), NILE)])
+@pytest.mark.parametrize("initial, expected", [(None, NILE_DIFFUSE), ({"level": dist.Normal(1000.0, math.sqrt(1e5))}, NILE)])
 def test_nile(initial, expected):
-    initial = initial and {"level": dist.Normal(*initial)}
     found = seq.KalmanFilter(LocalLevel(coefficients=NILE_SCALES, initial=initial)).run(nile()).total_log_evidence
     assert abs(found - expected) < 1e-6
 

@@ -2,6 +2,7 @@
 
 import math
 
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -718,3 +719,27 @@ def test_a_marginalised_site_that_is_not_linear_only_where_the_state_is():
     x = torch.full((1, 6), 1001.0)
     with pytest.raises(ValueError, match="marginalise|not linear"):
         seq.RaoBlackwellisedFilter(Weir(), 2, marginal=["z"]).run(x)
+
+
+def test_inspect_looks_at_the_first_step_too():
+    class Starts(LocalLevel):
+        def initial(self):
+            return pyro.sample("z", dist.Beta(2.0, 2.0))
+
+        def transition(self, z):
+            return pyro.sample("z", dist.Bernoulli(0.2 + 0.6 * z))
+
+    found = seq.inspect(Starts(0.0, 1.0, 0.5), torch.randn(1, 4))
+    assert found.kind != "discrete" and "Beta, then Bernoulli" in found.why("ForwardBackward")
+
+
+def test_dates_that_run_backwards_are_refused():
+    series = pd.Series(range(5), index=pd.date_range("2020-01-01", periods=5), dtype=float)
+    with pytest.raises(ValueError, match=r"dates of a Series are not in order.*sort_index"):
+        seq.KalmanFilter(LocalLevel(0.0, 1.0, 0.5)).run(series[::-1])
+    seq.KalmanFilter(LocalLevel(0.0, 1.0, 0.5)).run(series)
+
+
+def test_a_mistyped_option_is_not_taken_for_a_covariate_in_silence():
+    with pytest.raises(ValueError, match="'max_iters' is a single number.*this function has none of that name"):
+        seq.maximum_likelihood(seq.KalmanFilter(LocalLevel(0.0, 1.0, 0.5)), torch.randn(1, 4), max_iters=3)

@@ -240,13 +240,14 @@ class _Probe:
             base = innermost(p)
             if isinstance(base, ImproperUniform):
                 return None, next(iter(x.values())).new_zeros(p.shape())
-            if not is_gaussian(p) or count == 1:
+            if not is_gaussian(p):
                 return None, None
             spread = base.scale.reshape(count, -1) if isinstance(base, Normal) else root(p)
             noise = torch.randn(count, spread.shape[1], generator=generator, device="cpu").to(spread) * 2
             noise[0] = 0.0
             off = spread * noise if spread.dim() == 2 else (spread @ noise[..., None])[..., 0]
-            return None, p.mean + off.reshape(p.shape())
+            value = p.mean + off.reshape(p.shape())  # plain numbers follow data of more digits, as they do in the runs below
+            return None, value.to(torch.promote_types(value.dtype, next(iter(x.values())).dtype))
 
         frame = self._frame(count, x)._replace(first=True)  # on which types are checked
         with StepSites(frame, proposal=draw) as step:  # with gradients: Pyro keeps the parameters that are first read here

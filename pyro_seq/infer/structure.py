@@ -238,7 +238,8 @@ class _Inspection:
             for name, site in sites.items():
                 self.seen.setdefault(name, []).append(site)
         self.latents = {name: [site.p for site in sites] for name, sites in self.seen.items() if not sites[0].observed}
-        self.sizes = {name: _size(sites[-1].p) for name, sites in self.seen.items()}
+        sizes = {name: {_size(site.p) for site in sites} for name, sites in self.seen.items()}
+        self.sizes = {name: None if len(found) > 1 else found.pop() for name, found in sizes.items()}
 
     def structure(self) -> Structure:
         no_kalman = self._reason(self._linear)
@@ -351,8 +352,9 @@ class _Inspection:
             raise ValueError(f"{self.kind} has no latent site")
         for name, ps in self.latents.items():
             if self.sizes[name] is None:
-                raise ValueError(f"site {name!r} of {self.kind} is {type(innermost(ps[-1])).__name__}, which has no finite "
-                                 "support to enumerate")
+                kinds = dict.fromkeys(type(innermost(p)).__name__ for p in ps)
+                raise ValueError(f"site {name!r} of {self.kind} is {', then '.join(kinds)}, which has no finite support to "
+                                 f"enumerate{', the same at every step' if len(kinds) > 1 else ''}")
         if (states := math.prod(self.sizes[name] for name in self.latents)) > _MOST_STATES:
             raise ValueError(f"the latents of {self.kind} have {states} joint values a step, more than the {_MOST_STATES} "
                              "that exact inference takes on")
