@@ -597,9 +597,13 @@ def test_mistakes(program, says):
     assert re.search(says, str(error.value), re.DOTALL), str(error.value)
 
 
-PROPER = dist.Normal(0.0, 1.0)
-TO_LEARN = [lambda: LocalLevel(initial={"level": PROPER}), lambda: StructuralModel(level=False, cycle=6.0),
-            lambda: LocalLinearTrend(initial={"level": PROPER, "trend": PROPER}), StochasticVolatility]
+def proper():
+    """Made when it is used, in the type that is then the default."""
+    return dist.Normal(0.0, 1.0)
+
+
+TO_LEARN = [lambda: LocalLevel(initial={"level": proper()}), lambda: StructuralModel(level=False, cycle=6.0),
+            lambda: LocalLinearTrend(initial={"level": proper(), "trend": proper()}), StochasticVolatility]
 LEARNED = [seq.FilteringGuide, seq.SmoothingGuide, seq.AmortizedVariationalFilter]
 
 
@@ -616,7 +620,7 @@ def test_guides_need_not_see_covariates_that_are_not_there(make, guide):
     (LocalLevel, "'level' is ImproperUniform.*proper distribution, or use KalmanFilter"),
     (lambda: BasicStructural(4), "'level' is ImproperUniform.*proper distribution, or use KalmanFilter"),
     (lambda: ARIMA((1, 0, 1)), "'level' is a Delta.*use KalmanFilter"),
-    (lambda: LocalLevel(2, initial={"level": PROPER}), "num_covariates=2 and was given none.*like=Sequences.of"),
+    (lambda: LocalLevel(2, initial={"level": proper()}), "num_covariates=2 and was given none.*like=Sequences.of"),
 ], ids=["diffuse", "diffuse with a season", "without noise", "with covariates"])
 def test_guides_say_why_they_cannot_learn(make, says, guide):
     with pytest.raises(ValueError, match=says):

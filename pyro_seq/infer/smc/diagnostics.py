@@ -51,7 +51,7 @@ def notes(record: Record, batch: int) -> tuple[str, ...]:
                      f"all): what comes before is known from that one alone; {_MORE}")
     useless = (alone.sum(1) > 0.5 * active.sum(1)) & (active.sum(1) > 1)
     useless = useless.reshape(-1, batch).float().mean(0) > 0.5  # in most of the runs that are averaged
-    if useless.any():
+    if record.particles >= 10 and useless.any():
         warnings.warn(f"one of {record.particles} particles has all the weight at most times of sequence "
                       f"{int(useless.nonzero()[0])}: the answer is of no use; {_MORE}", stacklevel=_level_of_caller())
     if record.smooths_by_ancestors and record.lineage:
