@@ -338,8 +338,8 @@ def test_m_steps_go_no_further_than_they_need(monkeypatch):
     torch.manual_seed(0)
     at = {"mean": [-1.0, 1.0], "ar": [0.5], "scale": 0.7}
     model = seq.models.MarkovSwitchingAutoregression(2, order=1, coefficients=at).double()
-    with pytest.warns(UserWarning, match="raise num_iterations"):
-        seq.expectation_maximization(seq.ForwardBackward(model), torch.randn(1, 12, dtype=torch.float64), num_iterations=3)
+    with pytest.warns(UserWarning, match="raise max_iter"):
+        seq.expectation_maximization(seq.ForwardBackward(model), torch.randn(1, 12, dtype=torch.float64), max_iter=3)
     assert max(counts[1:]) < 20
 
 
@@ -510,7 +510,7 @@ def test_nuts_and_gibbs_agree_with_a_grid(small):
     """Two ways to the same posterior, against summation. Each of the means is off by more than 4.5 of its Monte Carlo
     standard errors with probability below 1e-5; the grid's own error is below 0.01."""
     x, (mean, std) = small
-    for kernel, count, warmup in ((NUTS(seq.Marginal(seq.KalmanFilter(BayesianLevel())), max_tree_depth=3), 60, 20),
+    for kernel, count, warmup in ((NUTS(seq.Marginal(seq.KalmanFilter(BayesianLevel())), max_tree_depth=3), 60, 60),
                                   (seq.Gibbs(seq.KalmanFilter(BayesianLevel())), 200, 5)):
         mcmc = MCMC(kernel, num_samples=count, warmup_steps=warmup, disable_progbar=True)
         mcmc.run(x)
