@@ -45,9 +45,8 @@ class Residuals(pd.DataFrame):
         p-value. These take the parameters as known: estimated on the same data, they make the p-values too large. Gaps are
         closed up.
 
-        :param int lags: of Ljung-Box; 10, or a fifth of the series if that is less, by default.
-        A series too short for the lags has NaN in these columns.
-
+        :param int lags: of Ljung-Box; 10, or a fifth of the series if that is less, by default. A series too short for them has
+            NaN in these columns.
         :raises ValueError: if every series is.
 
         Source: Ljung and Box, *On a measure of lack of fit in time series models*, 1978; Jarque and Bera, *Efficient tests
