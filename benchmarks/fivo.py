@@ -32,7 +32,7 @@ import pyro  # noqa: E402
 import torch  # noqa: E402
 
 import pyro_seq as seq  # noqa: E402
-from benchmarks.chorales import EPOCHS, PARTICLES, SETTING, _add, _has  # noqa: E402
+from benchmarks.chorales import ANNEALED, EPOCHS, PARTICLES, SETTING, _add, _has  # noqa: E402
 from pyro_seq.data import load_polyphonic  # noqa: E402
 from pyro_seq.models import VRNN, VRNNInference, match_marginals  # noqa: E402
 
@@ -51,9 +51,9 @@ def build(data: Any, seed: int) -> tuple[Any, Any]:
     return model, VRNNInference(model, residual=True)
 
 
-def options(loss: str, particles: int) -> dict[str, Any]:
+def options(data: str, loss: str, particles: int) -> dict[str, Any]:
     """Of ``fit``, for one row."""
-    annealing = SETTING["kl_annealing"] if loss == "ELBO, annealed" else 0
+    annealing = ANNEALED[data] if loss == "ELBO, annealed" else 0
     return SETTING | {"kl_annealing": annealing, "loss": LOSSES[loss](particles)}
 
 
@@ -64,7 +64,7 @@ def run(key: dict[str, Any], data: Any, epochs: int, folder: Path) -> dict[str, 
     row = key | {"epochs": epochs}
     try:
         result = seq.fit(model, guide, data.train, valid=data.valid, epochs=epochs, seed=key["seed"],
-                         checkpoint=folder / f"{stem}.ckpt", **options(key["loss"], key["particles"]))
+                         checkpoint=folder / f"{stem}.ckpt", **options(key["data"], key["loss"], key["particles"]))
     except ValueError as error:
         if "finite" not in str(error) and "the bound is" not in str(error):
             raise
@@ -78,13 +78,13 @@ def run(key: dict[str, Any], data: Any, epochs: int, folder: Path) -> dict[str, 
         "valid": result.best, "best epoch": result.best_epoch, "training seconds": result.history["seconds"].iloc[-1]}
 
 
-def time_epochs(data: Any, rounds: int = 3) -> pd.DataFrame:
+def time_epochs(name: str, data: Any, rounds: int = 3) -> pd.DataFrame:
     """Seconds of one training epoch of each row, by turns."""
     seconds: dict[tuple[str, int], list[float]] = {row: [] for row in ROWS}
     for _ in range(rounds):
         for row in ROWS:
             model, guide = build(data, seed=0)
-            result = seq.fit(model, guide, data.train, epochs=1, progress=False, **options(*row))
+            result = seq.fit(model, guide, data.train, epochs=1, progress=False, **options(name, *row))
             seconds[row].append(float(result.history["seconds"].iloc[0]))
     return pd.DataFrame([{"loss": loss, "particles": particles, "seconds per epoch": median(found)}
                          for (loss, particles), found in seconds.items()])
@@ -132,7 +132,7 @@ def main() -> None:
     data = load_polyphonic(given.data)
     if given.time:
         times.parent.mkdir(parents=True, exist_ok=True)
-        time_epochs(data).to_csv(times, index=False, float_format="%.3g")
+        time_epochs(given.data, data).to_csv(times, index=False, float_format="%.3g")
         return
     cost = pd.read_csv(times).set_index(["loss", "particles"])["seconds per epoch"]
     given.folder.mkdir(parents=True, exist_ok=True)
