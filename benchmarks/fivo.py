@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--losses", nargs="+", choices=sorted(LOSSES), default=sorted(LOSSES))
     parser.add_argument("--particles", nargs="+", type=int, default=[1, 4, 8, 16], help="rows to run")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=160, help="of the ELBO of one particle; others get the same time")
+    parser.add_argument("--epochs", type=int, default=80, help="of the ELBO of one particle; others get the same time")
     parser.add_argument("--folder", type=Path, default=Path("output/fivo"), help="of checkpoints and histories")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "fivo.csv")
     parser.add_argument("--time", action="store_true", help="measure the seconds per epoch, and nothing else")
