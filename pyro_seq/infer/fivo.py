@@ -17,14 +17,11 @@ from pyro_seq.engine.weights import Weights
 from pyro_seq.infer.iwae import Particles, contribution, held_out, refuse_greedy
 from pyro_seq.infer.loss import Bound, SequenceLoss, auxiliary
 from pyro_seq.infer.run import refuse_scaled
-from pyro_seq.infer.smc.population import Population
-from pyro_seq.resampling import Ancestral, Resampler, multinomial, resolve
+from pyro_seq.infer.smc.population import Population, require_threshold
+from pyro_seq.resampling import Ancestral, Resampler, Scheme, multinomial, named, resolve
 from pyro_seq.sequences import Frame, Packed, Sequences
 
-__all__ = ["FIVO", "Scheme", "named", "require_threshold", "resampled"]
-
-Scheme = Callable[[Tensor], Tensor]
-"""From probabilities ``(n, N)`` to ancestors ``(n, N)``."""
+__all__ = ["FIVO", "resampled"]
 
 
 class FIVO(SequenceLoss):
@@ -195,23 +192,6 @@ class _Learned:
         rate = torch.where(frames > 0, others / frames.clamp(min=1), 0.0)
         reward = factors - by_time(self.baselines, self.particles) + after - rate * left
         return (by_time(self.scores, self.particles) * reward).sum()
-
-
-def require_threshold(ess_threshold: float) -> None:
-    """Raise unless it is a share of the particles."""
-    if not isinstance(ess_threshold, (int, float)) or not 0 <= ess_threshold <= 1:
-        raise ValueError(f"ess_threshold={ess_threshold!r}; it is a share of the particles, from 0 (never resample) to 1")
-
-
-def named(resampling: str | Scheme | Resampler) -> str:
-    """What tells a resampling from others: its name, or its class with the numbers it was made of."""
-    if isinstance(resampling, str):
-        return resampling
-    if not isinstance(resampling, Resampler):
-        return getattr(resampling, "__name__", type(resampling).__name__)
-    numbers = [f"{name}={value!r}" for name, value in sorted(vars(resampling).items()) if isinstance(value, (int, float))]
-    scheme = getattr(resampling, "scheme", None)
-    return f"{type(resampling).__name__}({', '.join([*([] if scheme is None else [named(scheme)]), *numbers])})"
 
 
 def _independent(resampler: Resampler) -> bool:

@@ -16,7 +16,7 @@ from pyro_seq.infer.posterior import BIASED, UNBIASED, Moments, Posterior
 from pyro_seq.infer.run import Stopwatch, entered, refuse_scaled
 from pyro_seq.infer.smc import diagnostics
 from pyro_seq.infer.smc.many import log_evidence_at
-from pyro_seq.infer.smc.population import LookAhead, Population
+from pyro_seq.infer.smc.population import LookAhead, Population, require_threshold
 from pyro_seq.infer.smc.record import Record, values_of
 from pyro_seq.infer.smc.stream import ParticleStream
 from pyro_seq.module import require_count, require_guide, require_model
@@ -81,8 +81,7 @@ class ParticleFilter:
         require_model(model, "ParticleFilter")
         require_count("num_particles", num_particles, 1)
         require_count("num_runs", num_runs, 1)
-        if not 0 <= ess_threshold <= 1:
-            raise ValueError(f"ess_threshold={ess_threshold}; it is a share of the particles, from 0 (never resample) to 1")
+        require_threshold(ess_threshold)
         if guide is not None:
             require_guide(guide, model, "ParticleFilter")
         self.resampler = resolve(resampling)

@@ -13,10 +13,11 @@ from pyro_seq.engine.loop import Window, forward, simulate
 from pyro_seq.engine.score import Term
 from pyro_seq.engine.sites import Proposal, StepSites, draw
 from pyro_seq.engine.state import State, map_state
-from pyro_seq.infer.fivo import Scheme, named, require_threshold, resampled
+from pyro_seq.infer.fivo import resampled
 from pyro_seq.infer.iwae import refuse_greedy, whole_trajectories
 from pyro_seq.infer.loss import Bound, SequenceLoss
-from pyro_seq.resampling import Resampler, resolve
+from pyro_seq.infer.smc.population import require_threshold
+from pyro_seq.resampling import Resampler, Scheme, named, resolve
 from pyro_seq.sequences import Frame, Sequences
 
 __all__ = ["ReweightedWakeSleep"]

@@ -6,7 +6,7 @@ from pyro_seq.resampling.ancestral import Ancestral, Scheme, Soft, StopGradient
 from pyro_seq.resampling.base import Resampler
 from pyro_seq.resampling.inversion import multinomial, residual, stratified, systematic
 from pyro_seq.resampling.metropolis import Metropolis
-from pyro_seq.resampling.names import NAMES, resolve
+from pyro_seq.resampling.names import NAMES, named, resolve
 from pyro_seq.resampling.transport import OptimalTransport
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Soft",
     "StopGradient",
     "multinomial",
+    "named",
     "residual",
     "resolve",
     "stratified",

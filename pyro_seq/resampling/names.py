@@ -9,7 +9,7 @@ from pyro_seq.resampling.ancestral import SCHEMES, Ancestral, Scheme, Soft, Stop
 from pyro_seq.resampling.base import Resampler
 from pyro_seq.resampling.transport import OptimalTransport
 
-__all__ = ["NAMES", "resolve"]
+__all__ = ["NAMES", "named", "resolve"]
 
 _OTHERS: dict[str, Callable[[], Resampler]] = {
     "soft": Soft, "stop_gradient": StopGradient, "optimal_transport": OptimalTransport}
@@ -41,6 +41,17 @@ def resolve(resampling: str | Scheme | Resampler) -> Resampler:
         raise TypeError(f"resampling={_shown(resampling)}; it is one of {list(NAMES)}, a function from probabilities (n, N) to "
                         "ancestors (n, N), or a pyro_seq.resampling.Resampler")
     return Ancestral(resampling)
+
+
+def named(resampling: str | Scheme | Resampler) -> str:
+    """What tells a resampling from others: its name, or its class with the numbers it was made of."""
+    if isinstance(resampling, str):
+        return resampling
+    if not isinstance(resampling, Resampler):
+        return getattr(resampling, "__name__", type(resampling).__name__)
+    numbers = [f"{name}={value!r}" for name, value in sorted(vars(resampling).items()) if isinstance(value, (int, float))]
+    scheme = getattr(resampling, "scheme", None)
+    return f"{type(resampling).__name__}({', '.join([*([] if scheme is None else [named(scheme)]), *numbers])})"
 
 
 def _shown(value: Any) -> str:

@@ -15,7 +15,7 @@ from pyro_seq.engine.weights import Weights
 from pyro_seq.resampling import Resampler
 from pyro_seq.sequences import Frame
 
-__all__ = ["LookAhead", "Population"]
+__all__ = ["LookAhead", "Population", "require_threshold"]
 
 LookAhead = Callable[[Frame, State, Any], Tensor]
 """Given the frame to come, the states and the guide's encoding: log factors ``(rows,)`` by which to favour particles."""
@@ -96,6 +96,12 @@ class Population:
             rounding = torch.finfo(apart.dtype).eps**0.5 * (1 + highest.abs())
             self.adapted = bool((apart.amax(-1) - apart.amin(-1) <= rounding).all())
         return self.weights.log_mean - self.base
+
+
+def require_threshold(ess_threshold: float) -> None:
+    """Raise unless it is a share of the particles."""
+    if not isinstance(ess_threshold, (int, float)) or not 0 <= ess_threshold <= 1:
+        raise ValueError(f"ess_threshold={ess_threshold!r}; it is a share of the particles, from 0 (never resample) to 1")
 
 
 def _not_finite(step: Step, highest: Tensor, batch: int | None) -> str:

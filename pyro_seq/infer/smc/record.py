@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -16,10 +16,13 @@ from pyro_seq.engine.weights import Weights
 from pyro_seq.infer.smc.families import Families
 from pyro_seq.sequences import Packed
 
-__all__ = ["Measured", "Record", "moments_of", "values_of"]
+__all__ = ["Measured", "Origins", "Record", "moments_of", "take_down", "values_of"]
 
 Measured = Callable[[Step], dict[str, tuple[Tensor, Tensor | None]]]
 """By latent site, what each particle says of it, ``(rows, ...)``: a value, and a variance about it if it has one."""
+
+Origins = Callable[[Step, Step, Tensor], Tensor]
+"""From a step, the one after it and particles ``(n, M)`` of that one to the particles of the step that they come from."""
 
 
 def values_of(step: Step) -> dict[str, tuple[Tensor, None]]:
@@ -157,29 +160,27 @@ class Record:
         if not self.lineage:
             raise ValueError("the particles were mixed by a transport, and have no ancestors to trace: use a resampling by "
                              "ancestors, such as 'systematic'")
-        counts, out = self.packed.counts, {}
-        index: Tensor | None = None
         paths: dict[str, list[Tensor]] = {}
-        weights = self.final_weights()
+        for step, index in self.backwards(num_samples, _ancestors):
+            take_down(paths, step, index)
+        return self.as_samples(paths, num_samples)
+
+    def backwards(self, num_paths: int, origins: Origins) -> Iterator[tuple[Step, Tensor]]:
+        """From the last step to the first, with the particles ``(n, num_paths)`` that paths go through: they begin at the end
+        of each sequence, at a particle drawn by its weight, and come from where ``origins`` says."""
+        last = self.final_weights()
+        index = torch.empty(0, num_paths, dtype=torch.long, device=last.device)
         for t in reversed(range(len(self.steps))):
-            step, count = self.steps[t], counts[t]
-            done = 0 if index is None else index.shape[0]
-            fresh = torch.multinomial(weights[done:count].double(), num_samples, replacement=True) if count > done else None
-            index = fresh if index is None else index if fresh is None else torch.cat([index, fresh])
-            row = torch.arange(count, device=index.device)[:, None]
-            for name, site in step.sites.items():
-                if not site.observed:
-                    value = site.value.reshape(count, self.particles, *site.value.shape[1:])
-                    paths.setdefault(name, []).append(value[row, index].flatten(0, 1))
-            if step.ancestors is not None and step.ancestors.is_floating_point():
-                raise ValueError("particles that were mixed by a transport have no ancestors, hence no trajectories: use a "
-                                 "resampling by ancestors, such as 'systematic'")
-            if step.ancestors is not None:
-                index = step.ancestors[row, index]
-        for name, values in paths.items():
-            value = pad_rows(values[::-1], counts, self.packed, num_samples)
-            out[name] = value[None] if num_samples == 1 else value.movedim(2, 0)
-        return out
+            if len(index):
+                index = origins(self.steps[t], self.steps[t + 1], index)
+            if len(fresh := last[len(index):self.packed.counts[t]]):
+                index = torch.cat([index, torch.multinomial(fresh.double(), num_paths, replacement=True)])
+            yield self.steps[t], index
+
+    def as_samples(self, paths: dict[str, list[Tensor]], num_paths: int) -> dict[str, Tensor]:
+        """``(S, B, T, ...)`` in the user's order, of what was taken down on the way back."""
+        padded = {name: pad_rows(values[::-1], self.packed.counts, self.packed, num_paths) for name, values in paths.items()}
+        return {name: value[None] if num_paths == 1 else value.movedim(2, 0) for name, value in padded.items()}
 
     def quantile(self, site: str, q: float | list[float]) -> Tensor:
         like = self.last[1].log
@@ -198,6 +199,18 @@ class Record:
             found.append(torch.stack(per))
         out = pad_rows(found, self.packed.counts, self.packed).movedim(2, 0)
         return out[0] if levels.dim() == 0 else out
+
+
+def _ancestors(before: Step, after: Step, index: Tensor) -> Tensor:
+    return index if after.ancestors is None else after.ancestors.gather(1, index)
+
+
+def take_down(paths: dict[str, list[Tensor]], step: Step, index: Tensor) -> None:
+    """Add to ``paths`` the latents of a step's particles ``(n, M)``, as rows."""
+    row = torch.arange(len(index), device=index.device)[:, None]
+    for name, (value, _) in values_of(step).items():
+        value = value.unflatten(0, step.log_weights.shape)
+        paths.setdefault(name, []).append(value[row, index].flatten(0, 1))
 
 
 def moments_of(weights: Tensor, value: Tensor, spread: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -8,17 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_seq.engine.loop import pad_rows
+from pyro_seq.engine.loop import Step
 from pyro_seq.infer.particle_filter import ParticleFilter
 from pyro_seq.infer.posterior import Posterior
-from pyro_seq.infer.smc.record import Record, moments_of, values_of
-from pyro_seq.infer.smoothing.kernel import BackwardKernel, require_markov_state
+from pyro_seq.infer.smc.record import Record, moments_of, take_down, values_of
+from pyro_seq.infer.smoothing.kernel import BackwardKernel, require_backward
 from pyro_seq.module import require_count
 from pyro_seq.sequences import Packed
 
 __all__ = ["BackwardSampler"]
-
-_METHODS = ("exact", "rejection")
 
 
 class BackwardSampler(ParticleFilter):
@@ -69,14 +67,12 @@ class BackwardSampler(ParticleFilter):
     def __init__(self, model: Any, num_particles: int = 1000, *, num_trajectories: int = 500, method: str = "exact",
                  **options: Any):
         super().__init__(model, num_particles, history=True, **options)
-        require_markov_state(model, "BackwardSampler")
+        require_backward(model, method, "BackwardSampler")
         require_count("num_particles", num_particles, 2)
         require_count("num_trajectories", num_trajectories, 1)
         if self.num_runs != 1:
             raise ValueError(f"num_runs={self.num_runs}: BackwardSampler draws backwards through one run; give it more "
                              "particles")
-        if method not in _METHODS:
-            raise ValueError(f"method={method!r}; it is one of {_METHODS}")
         self.num_trajectories, self.method = num_trajectories, method
 
     def recorder(self, packed: Packed) -> Record:
@@ -100,28 +96,22 @@ class _Backward(Record):
         count = self.sampler.num_trajectories
         kernel = BackwardKernel(self.sampler.model, self.sampler.method)
         last = self.final_weights()
+        weights = last[:0]
         moments: dict[str, list[tuple[Tensor, Tensor]]] = {}
         paths: dict[str, list[Tensor]] = {}
-        index = torch.empty(0, count, dtype=torch.long, device=last.device)
-        weights = last[:0]
-        for t in reversed(range(len(self.steps))):
-            step = self.steps[t]
-            if len(index):
-                after = self.steps[t + 1]
-                kernel.check(after)
-                index, weights = kernel.draw(step, after, index)
-                index = index[..., 0]
-            if (fresh := last[len(index):self.packed.counts[t]]).numel():
-                index = torch.cat([index, torch.multinomial(fresh.double(), count, replacement=True)])
-                weights = torch.cat([weights, fresh])
-            row = torch.arange(len(index), device=index.device)[:, None]
+
+        def origins(before: Step, after: Step, index: Tensor) -> Tensor:
+            nonlocal weights
+            kernel.check(after)
+            index, weights = kernel.draw(before, after, index)
+            return index[..., 0]
+
+        for step, index in self.backwards(count, origins):
+            weights = torch.cat([weights, last[len(weights):len(index)]])
+            take_down(paths, step, index)
             for name, (value, _) in values_of(step).items():
                 moments.setdefault(name, []).append(moments_of(weights, value))
-                value = value.reshape(*step.log_weights.shape, *value.shape[1:])
-                paths.setdefault(name, []).append(value[row, index].flatten(0, 1))
-        for name, values in paths.items():
-            value = pad_rows(values[::-1], self.packed.counts, self.packed, count)
-            self.paths[name] = value[None] if count == 1 else value.movedim(2, 0)
+        self.paths = self.as_samples(paths, count)
         return {name: tuple(self.padded(list(part)[::-1]) for part in zip(*found, strict=True))
                 for name, found in moments.items()}
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Independent
 
+from pyro_seq.engine.gaussian import innermost
 from pyro_seq.engine.loop import Checked, Step
 from pyro_seq.engine.missing import score_entries
 from pyro_seq.engine.sites import Site, StepSites
@@ -15,13 +15,14 @@ from pyro_seq.engine.state import State, leaves, map_state
 from pyro_seq.model import StateSpaceModel
 from pyro_seq.sequences import Frame
 
-__all__ = ["BackwardKernel", "require_markov_state"]
+__all__ = ["BackwardKernel", "require_backward"]
 
 _ROWS = 2**18
 """Pairs of particles that are scored at once."""
 _MODES = {"Normal", "MultivariateNormal", "StudentT", "Laplace", "Cauchy", "LogNormal", "HalfNormal", "HalfCauchy", "Gamma",
           "Exponential", "Categorical", "OneHotCategorical", "Bernoulli", "VonMises"}
 """Distributions whose density is largest at what torch calls their mode."""
+_METHODS = ("exact", "rejection")
 _ELSE = "use FixedLagSmoother, or ParticleFilter(history=True), which smooth any model"
 
 
@@ -139,9 +140,7 @@ class BackwardKernel:
         state = map_state(lambda leaf: leaf[:rows], before.state)
         sites, _ = self._run(state, after.frame, _given(self.model, after))
         site, = sites.values()
-        base = site.p
-        while isinstance(base, Independent):
-            base = base.base_dist
+        base = innermost(site.p)
         if type(base).__name__ not in _MODES:
             raise ValueError(f"site {site.name!r}: the largest density of {type(base).__name__} is not known, which rejection "
                              "needs: use method='exact'")
@@ -181,8 +180,10 @@ def _rows(frame: Frame, index: Tensor) -> Frame:
                           sequence=frame.sequence[index])
 
 
-def require_markov_state(model: Any, who: str) -> None:
-    """Raise for a model whose state grows."""
+def require_backward(model: Any, method: str, who: str) -> None:
+    """Raise for a model whose state grows, and for a method that there is not."""
+    if method not in _METHODS:
+        raise ValueError(f"method={method!r}; it is one of {_METHODS}")
     if model.state_grows:
         raise TypeError(f"a model from seq.from_pyro has no Markov state, which {who} draws backwards by: declare it as a "
                         f"StateSpaceModel, or {_ELSE}")

@@ -14,7 +14,7 @@ from pyro_seq.engine.weights import Weights
 from pyro_seq.infer.particle_filter import ParticleFilter
 from pyro_seq.infer.posterior import Posterior
 from pyro_seq.infer.smc.record import Record
-from pyro_seq.infer.smoothing.kernel import BackwardKernel, require_markov_state
+from pyro_seq.infer.smoothing.kernel import BackwardKernel, require_backward
 from pyro_seq.module import require_count
 from pyro_seq.sequences import Packed
 
@@ -80,15 +80,13 @@ class Paris(ParticleFilter):
     def __init__(self, model: Any, functional: Functional, num_particles: int = 1000, *, num_backward: int = 2,
                  method: str = "exact", **options: Any):
         super().__init__(model, num_particles, **options)
-        require_markov_state(model, "Paris")
+        require_backward(model, method, "Paris")
         if not callable(functional):
             raise TypeError(f"functional is a {type(functional).__name__}; it is a function h(before, after, x, t)")
         require_count("num_particles", num_particles, 2)
         require_count("num_backward", num_backward, 1)
         if self.num_runs != 1 or self.history:
             raise ValueError("Paris makes one run and keeps nothing of the past: leave num_runs and history out")
-        if method not in ("exact", "rejection"):
-            raise ValueError(f"method={method!r}; it is 'exact' or 'rejection'")
         self.functional, self.num_backward, self.method = functional, num_backward, method
 
     def recorder(self, packed: Packed) -> Record:
