@@ -1,6 +1,7 @@
 """Sequential latent variable models for Pyro: declare one step once, infer it in any way."""
 
 from pyro_seq import data, flows, models, plot, resampling
+from pyro_seq.engine.memory import keep_freed_memory
 from pyro_seq.fit.evaluate import evaluate
 from pyro_seq.fit.train import fit, restore
 from pyro_seq.from_pyro import from_pyro
@@ -98,3 +99,5 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+keep_freed_memory()

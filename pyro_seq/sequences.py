@@ -129,9 +129,9 @@ class Sequences:
 
         device = next(iter((*values.values(), *inputs.values())), lengths).device
         lengths = lengths.to(device)
-        last = torch.minimum(torch.arange(steps, device=device), lengths[:, None] - 1)
-        ragged = bool((lengths < steps).any())
-        inside = torch.arange(steps, device=device) < lengths[:, None]
+        ragged, now = bool((lengths < steps).any()), torch.arange(steps, device=device)
+        last = torch.minimum(now, lengths[:, None] - 1) if ragged else now[None]
+        inside = now < lengths[:, None] if ragged else torch.ones_like(now, dtype=torch.bool)[None]
         observed: dict[str, Tensor] = {}
         has_missing = False
         for name, value in values.items():
@@ -141,15 +141,15 @@ class Sequences:
             if present is not None:
                 present = present | ~_right(inside, present)
             if value.is_floating_point():
-                infinite = value.isinf() & _right(inside, value)
-                if infinite.any():
+                # A finite sum has finite terms, and is quick.
+                if not value.sum().isfinite() and (infinite := value.isinf() & _right(inside, value)).any():
                     b, t = infinite.flatten(2).any(-1).nonzero()[0].tolist() if value.dim() > 2 else (
                         infinite.nonzero()[0].tolist())
                     raise ValueError(f"{name!r} is infinite in sequence {b} at time {t + 1}: data must be finite; "
                                      "mark missing values with NaN or mask=")
                 if present is not None:
                     value = value.masked_fill(~present, torch.nan)
-                has_missing |= bool(value.isnan().any())
+                has_missing |= not value.sum().isfinite() and bool(value.isnan().any())
             elif present is not None and not present.all():
                 observed[name] = present
                 has_missing = True

@@ -329,7 +329,8 @@ def _observations(sequences: Sequences, dtype: torch.dtype) -> Tensor:
     """``(B, T, X)``, NaN where missing or past the end."""
     parts = [v[:, :sequences.num_steps].to(dtype).reshape(*sequences.active.shape, -1) for v in sequences.x.values()]
     flat = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-    return flat if bool(sequences.active.all()) else flat.masked_fill(~sequences.active[..., None], torch.nan)
+    ragged = bool((sequences.lengths < sequences.num_steps).any())
+    return flat.masked_fill(~sequences.active[..., None], torch.nan) if ragged else flat
 
 
 def _by_name(sequences: Sequences, mean: Tensor, variance: Tensor) -> dict[str, Moments]:

@@ -318,9 +318,9 @@ class _Probe:
         points = torch.eye(self.width + 1, dtype=torch.float64, device=self.device)[:, 1:]
         generator = torch.Generator("cpu").manual_seed(0)
         scale = self.sequences.largest or 1.0
-        tests = [s * torch.randn(_POINTS, self.width, generator=generator, dtype=torch.float64, device="cpu")
-                 for s in (*SCALES, scale)]
-        tests = torch.cat(tests).to(self.device)
+        scales = torch.tensor([*SCALES, scale], dtype=torch.float64, device="cpu")[:, None, None]
+        tests = torch.randn(len(scales), _POINTS // 2, self.width, generator=generator, dtype=torch.float64, device="cpu")
+        tests = (scales * torch.cat([tests, -tests], 1)).flatten(0, 1).to(self.device)  # on both sides of zero
         return points, tests if self.drawn is None else torch.cat([tests, self.drawn])
 
     def require_linear_at(self, step: LinearStep, time: Tensor, sequence: Tensor, state: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_seq.infer.linear_gaussian.diffuse import add_diffuse
 from pyro_seq.infer.linear_gaussian.forward import Forward
 from pyro_seq.infer.linear_gaussian.gains import roots
-from pyro_seq.infer.linear_gaussian.steps import Means, Stretch, recursion, rows
+from pyro_seq.infer.linear_gaussian.steps import Means, Stretch, recursion, rows, shifted
 
 __all__ = ["Backward", "Joint"]
 
@@ -75,9 +75,9 @@ class Backward:
         weighted = rows(rows(means.residuals, f.whiten), f.whiten.mT)
         for stretch in reversed(f.stretches):
             push = rows(weighted[stretch.where], stretch.seen.mT)
-            values = [value, *recursion(stretch.closed.mT.flip(0), value, push.flip(0))]
-            value = values.pop()
-            found.insert(0, torch.stack(values[::-1]))
+            values = recursion(stretch.closed.mT.flip(0), value, push.flip(0))
+            found.insert(0, shifted(value, values).flip(0))
+            value = values[-1]
         return found
 
     def joint_means(self, means: Means, offsets: float = 1.0, columns: bool = False) -> list[tuple[Tensor, Tensor]]:
@@ -92,7 +92,7 @@ class Backward:
             if columns and i == 0:
                 drift = step.diffuse.to(adjoint).mT
             carry, next_matrix = (v.to(adjoint).expand(count, -1, -1, -1) for v in (step.carry, step.next_matrix))
-            filtered = rows(means.before[i], carry) + drift + rows(means.residuals[stretch.where], self.gain[i])
+            filtered = rows(means.before(i), carry) + drift + rows(means.residuals[stretch.where], self.gain[i])
             found.append((filtered, filtered + rows(rows(adjoint, next_matrix.mT), self.covariance[i])))
         return found
 
@@ -139,8 +139,7 @@ class Backward:
             if state is None:
                 state = own.new_zeros(batch, num_samples, carry.shape[-1])
             after = recursion((next_matrix @ carry).expand(count, -1, -1, -1), state, rows(own, next_matrix))
-            before = torch.stack([state, *after[:-1]])
-            drawn.append((rows(before, carry) + own, step.observed))
+            drawn.append((rows(shifted(state, after), carry) + own, step.observed))
             state = after[-1]
         coefficients = 0.0
         theirs = f.filter(torch.cat([u[..., data] for u, data in drawn]), centred=True)

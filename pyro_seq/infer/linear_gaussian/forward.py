@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_seq.infer.linear import LinearStep
 from pyro_seq.infer.linear_gaussian.diffuse import add_diffuse, identified
 from pyro_seq.infer.linear_gaussian.gains import Gains
-from pyro_seq.infer.linear_gaussian.steps import Carry, Means, StepJoint, Stretch, recursion, rows
+from pyro_seq.infer.linear_gaussian.steps import Carry, Means, StepJoint, Stretch, recursion, rows, shifted
 
 __all__ = ["Forward"]
 
@@ -35,10 +35,10 @@ class Forward:
                  if step is not None and count]
         joints = [(StepJoint.of(step, data.dtype), count) for step, count in parts]
         self.active, self.carry = active, carry
-        self.whole = not bool(data.isnan().any())  # what lies past an end is NaN
+        self.whole = bool(data.sum().isfinite()) or not data.isnan().any()  # what lies past an end is NaN
         self.present = (torch.ones_like(data[:1, :1], dtype=torch.bool).expand(data.shape) if self.whole else
                         ~data.isnan()).transpose(0, 1)  # (T, B, X)
-        self.data = data.transpose(0, 1) if self.whole else torch.where(self.present, data.transpose(0, 1), 0.0)
+        self.data = data.transpose(0, 1).contiguous() if self.whole else torch.where(self.present, data.transpose(0, 1), 0.0)
         patterns = self.present.transpose(0, 1)
         if not alone:
             patterns = patterns | ~active[..., None]
@@ -97,21 +97,19 @@ class Forward:
         return self._filter(zeros, self.carry.columns.mT.expand(self.gain.shape[1], -1, -1), present[:, :, None], 0.0, flat)
 
     def _filter(self, data: Tensor, start: Tensor, present: Tensor, offsets: float, flat: Tensor | None = None) -> Means:
-        before, residuals, value = [], [], start
+        after, residuals, value = [], [], start
         for stretch in self.stretches:
-            joint, gain, after = stretch.joint, self.gain[stretch.where], stretch.closed.shape[-2]
+            joint, gain, width = stretch.joint, self.gain[stretch.where], stretch.closed.shape[-2]
             offset = joint.offset[:, :, None] * offsets
             if flat is not None and stretch is self.stretches[0]:
                 offset = flat
-            moved, predicted = offset[..., :after], offset[..., after:]
-            here = data[stretch.where] - predicted
-            push = rows(here, gain) + moved
-            found = recursion(stretch.closed, value, push)
-            before.append(torch.stack([value, *found[:-1]]))
-            value = found[-1]
-            rest = here - rows(before[-1], stretch.seen)
+            here = data[stretch.where] - offset[..., width:]
+            found = recursion(stretch.closed, value, rows(here, gain).add_(offset[..., :width]))
+            rest = here - rows(shifted(value, found), stretch.seen)
             residuals.append(rest if self.whole else torch.where(present[stretch.where], rest, 0.0))
-        return Means(before, torch.cat(residuals), value)
+            after.append(found)
+            value = found[-1]
+        return Means(start, after, torch.cat(residuals))
 
     @cached_property
     def whitened(self) -> Tensor:
@@ -176,7 +174,7 @@ class Forward:
     def evidence(self) -> Tensor:
         """``(B,)``"""
         if not self.num_diffuse:
-            return self.base.sum(1)
+            return self.scales.sum(1) - 0.5 * self.whitened.square().sum((0, 2))
         # The squares are of what the coefficients leave of the data: those of the data itself, less what the coefficients
         # explain of them, would lose the digits that the two have in common.
         mean, factor = self.at_end
@@ -208,10 +206,10 @@ class Forward:
         means, variances, effects = [], [], []
         for i, (stretch, before) in enumerate(zip(self.stretches, self.covariances_before(), strict=True)):
             joint, after = stretch.joint, stretch.closed.shape[-2]
-            mean = rows(self.means.before[i], stretch.seen)[:, :, 0] + joint.offset[..., after:]
+            mean = rows(self.means.before(i), stretch.seen)[:, :, 0] + joint.offset[..., after:]
             covariance = stretch.seen @ before @ stretch.seen.mT + joint.noise[..., after:, after:]
             if self.num_diffuse:
-                effect = rows(self.columns.before[i], stretch.seen)
+                effect = rows(self.columns.before(i), stretch.seen)
                 effects.append(effect + joint.flat[after:].mT if i == 0 and joint.flat.shape[-1] else effect)
             means.append(mean)
             variances.append(covariance)
@@ -224,11 +222,11 @@ class Forward:
 
     def last_state(self) -> tuple[Tensor, Tensor]:
         """Mean ``(B, S)`` and covariance ``(B, S, S)`` of the state after each sequence's last frame."""
-        mean = self.at_last(self.means.after[:, :, 0])
+        mean = self.at_last(torch.cat(self.means.after)[:, :, 0])
         covariance = self.at_last(self._each(self.gains.stacked(self.gains.covariances))).expand(len(mean), -1, -1)
         if self.num_diffuse:
             precision, score = (self.at_last(v) for v in self.diffuse)
-            effect = self.at_last(self.columns.after)
+            effect = self.at_last(torch.cat(self.columns.after))
             return add_diffuse(precision, score, effect, mean, covariance, self.carry.proper)
         return mean, covariance
 
@@ -245,14 +243,15 @@ class Forward:
             return None
         sequence = rows[index * len(rows) // count]
         frame = ((index % max(8, count // len(rows)) * 0.618).frac() * left[sequence]).long()
-        mean, group = self.means.before[-1][frame, sequence, 0], sequence if self.group is None else self.group[sequence]
+        group = sequence if self.group is None else self.group[sequence]
+        mean = self.means.at(frame, sequence)[:, 0]
         if self.num_diffuse:
-            effect = self.columns.before[-1]
-            effect = effect[frame, sequence if effect.shape[1] > 1 else 0]
+            effect = self.columns.at(frame, sequence if len(self.columns.start) > 1 else sequence * 0)
             mean = mean + (self.diffuse_mean(self.means)[sequence] @ effect)[:, 0]
         times, which = (frame + where.start - 1).clamp(max=self.gains.n - 1).unique(return_inverse=True)
         start = self.carry.covariance @ self.carry.covariance.mT if self.gains.rooted else self.carry.covariance
-        found = [self.gains.covariances[t] if t >= 0 else start for t in times.tolist()]
+        found = [(self.gains.covariances[t][None] if self.gains.single else self.gains.covariances[t]) if t >= 0 else start
+                 for t in times.tolist()]
         if len({len(part) for part in found}) > 1:
             found = [part.expand(max(map(len, found)), -1, -1) for part in found]
         variance = torch.stack(found).diagonal(dim1=-2, dim2=-1)

@@ -9,6 +9,8 @@ from pyro_seq.infer.linear_gaussian.steps import StepJoint
 
 __all__ = ["Gains", "roots"]
 
+_NOT_FINITE = "a predictive covariance is NaN or infinite: the model's state grows beyond all bounds"
+
 
 class Gains:
     """What does not depend on the data's values: covariances and gains of ``n <= T`` frames, the last one standing for the
@@ -23,22 +25,30 @@ class Gains:
         self.covariances: list[Tensor] = []
         self.gains: list[Tensor] = []
         self.factors: list[Tensor] = []
-        self.rooted, self.last = rooted, covariance
-        """The covariance after the last frame; its square root if ``rooted``."""
-        whole, t = bool(present.all()), 0
+        self.rooted = rooted
+        whole, t, last = bool(present.all()), 0, covariance
+        # Matrices alone are twice as fast as a batch of one.
+        self.single = single = whole and not rooted and len(covariance) == len(present) == 1 and all(
+            part.shape[1] == 1 for joint, _ in joints for part in (joint.matrix, joint.noise))
+        last = last[0] if single else last
         for joint, count in joints:
             fixed = joint.matrix.shape[0] == 1
             noise, condition = (roots(joint.noise), _condition_root) if rooted else (joint.noise, _condition)
+            matrices, noises = ([*(part[:, 0] if single else part).unbind(0)] for part in (joint.matrix, noise))
             for i in range(count):
                 at = 0 if fixed else i
-                self.last, gain, factor = condition(joint.matrix[at], noise[at], self.last, present[:, t], whole)
-                self.covariances.append(self.last @ self.last.mT if rooted else self.last)
+                last, gain, factor = condition(matrices[at], noises[at], last, present[:, t], whole)
+                self.covariances.append(last @ last.mT if rooted else last)
                 self.gains.append(gain)
                 self.factors.append(factor)
                 t += 1
                 if fixed and whole and i % 8 == 7 and _still(*self.covariances[-2:]):
                     t += count - i - 1
                     break
+        if not last.isfinite().all():
+            raise ValueError(_NOT_FINITE)
+        self.last = last[None] if single else last
+        """The covariance after the last frame; its square root if ``rooted``."""
         self.n = len(self.gains)
         self.index = torch.arange(t, device=present.device).clamp(max=self.n - 1)
 
@@ -46,7 +56,7 @@ class Gains:
         """``(T, G, ...)``"""
         if values[0].shape != values[-1].shape:  # groups that differ from the second frame on
             values = [value.expand(values[-1].shape) for value in values]
-        found = torch.stack(values)
+        found = torch.stack(values)[:, None] if self.single else torch.stack(values)
         return found if len(self.index) == self.n else found[self.index]
 
 
@@ -71,18 +81,18 @@ def _condition(matrix: Tensor, noise: Tensor, covariance: Tensor, present: Tenso
         cross = torch.where(present[:, None, :], cross, 0.0)
         own = torch.where(present[:, :, None] & present[:, None, :], own, torch.diag_embed((~present).to(own)))
     factor = _factor(own)
-    gain = torch.cholesky_solve(cross.mT, factor).mT
-    keep = torch.cat([torch.eye(after, dtype=gain.dtype, device=gain.device).expand(*gain.shape[:-2], after, after), -gain], -1)
-    found = keep @ joint @ keep.mT
+    gain = cross / own if own.shape[-1] == 1 else torch.cholesky_solve(cross.mT, factor).mT
+    half = joint[..., :after, :] - gain @ joint[..., after:, :]
+    found = half[..., :after] - half[..., after:] @ gain.mT
     return 0.5 * (found + found.mT), gain, factor
 
 
 def _factor(own: Tensor) -> Tensor:
-    factor, failed = torch.linalg.cholesky_ex(own)
-    if failed.any() or not (factor.detach().diagonal(dim1=-2, dim2=-1) > 0).all():
+    factor, failed = (own.sqrt(), ~(own > 0)) if own.shape[-1] == 1 else torch.linalg.cholesky_ex(own)
+    if failed.any():
         raise ValueError("the data has a singular predictive covariance: some combination of its entries is predicted "
                          "without noise; give the emission a positive scale" if own.isfinite().all() else
-                         "a predictive covariance is NaN or infinite: the model's state grows beyond all bounds")
+                         _NOT_FINITE)
     return factor
 
 

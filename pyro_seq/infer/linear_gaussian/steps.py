@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_seq.infer.linear import LinearStep
 
-__all__ = ["Carry", "Means", "StepJoint", "Stretch", "recursion", "rows"]
+__all__ = ["Carry", "Means", "StepJoint", "Stretch", "recursion", "rows", "shifted"]
 
 
 class StepJoint(NamedTuple):
@@ -75,40 +75,59 @@ class Stretch(NamedTuple):
 class Means(NamedTuple):
     """What depends on the data's values, for ``n`` data sets at once (and, for columns, for each diffuse coefficient)."""
 
-    before: list[Tensor]
-    """A stretch each: ``(T, B, n, S)`` of the state before each frame given the data before it."""
+    start: Tensor
+    """``(B, n, S)`` of the state before the first frame."""
+    after: list[Tensor]
+    """A stretch each: ``(T, B, n, S')`` of the state after each frame given the data so far."""
     residuals: Tensor
     """``(T, B, n, X)``: the data less its prediction, zero where missing."""
-    last: Tensor
-    """``(B, n, S')`` of the state after the last frame given all data."""
 
     @property
-    def after(self) -> Tensor:
-        """``(T, B, n, S')`` of the state after each frame given the data so far."""
-        ends = [*(part[:1] for part in self.before[1:]), self.last[None]]
-        parts = [torch.cat([part[1:], end]) if len(part) > 1 else end for part, end in zip(self.before, ends, strict=True)]
-        return torch.cat(parts)
+    def last(self) -> Tensor:
+        """``(B, n, S')`` of the state after the last frame given all data."""
+        return self.after[-1][-1]
+
+    def before(self, stretch: int) -> Tensor:
+        """``(T, B, n, S)`` of the state before each frame given the data before it."""
+        return shifted(self._start(stretch), self.after[stretch])
+
+    def at(self, frame: Tensor, sequence: Tensor) -> Tensor:
+        """``(m, n, S)`` of the state before some frames of the last stretch, ``(m,)``."""
+        if self._start(-1).shape[-1] != self.after[-1].shape[-1]:  # a stretch of one frame
+            return self._start(-1)[sequence]
+        later = self.after[-1][(frame - 1).clamp(min=0), sequence]
+        return torch.where((frame == 0)[:, None, None], self._start(-1)[sequence], later)
+
+    def _start(self, stretch: int) -> Tensor:
+        return [self.start, *(part[-1] for part in self.after[:-1])][stretch]
+
+
+def shifted(start: Tensor, after: Tensor) -> Tensor:
+    """``(T, ...)``: from the values after each step, those before it."""
+    return torch.cat([start[None], after[:-1]]) if len(after) > 1 else start[None]
 
 
 def rows(values: Tensor, matrix: Tensor) -> Tensor:
     """``(T, B, n, I)`` times the transpose of ``(T or 1, B or 1, O, I)``: ``(T, B, n, O)``."""
-    if matrix.shape[-1] == 1:  # a product of numbers, for which matmul is slow
-        return values * matrix[..., 0][:, :, None]
-    if matrix.shape[1] == 1:
-        return (values.flatten(1, 2) @ matrix[:, 0].mT).unflatten(1, values.shape[1:3])
-    return values @ matrix.mT
+    if matrix.shape[1] > 1:
+        return values @ matrix.mT
+    columns, matrix = values.flatten(1, 2).mT, matrix[:, 0]
+    found = matrix * columns if matrix.shape[-1] == 1 else matrix @ columns  # matmul is slow with numbers
+    return found.mT.unflatten(1, values.shape[1:3])
 
 
-def recursion(matrices: Tensor, start: Tensor, pushes: Tensor) -> list[Tensor]:
-    """m_t = push_t + matrix_t m_{t-1}, on rows: ``(T, B or 1, O, I)``, ``(B, n, I)`` and ``(T, B, n, O)``."""
-    found, value = [], start
-    if matrices.shape[1] == 1:
-        value = value.flatten(0, 1)
-        for matrix, push in zip(matrices[:, 0].mT.unbind(0), pushes.flatten(1, 2).unbind(0), strict=True):
-            value = torch.addmm(push, value, matrix)
-            found.append(value)
-        return [value.unflatten(0, start.shape[:2]) for value in found]
-    for matrix, push in zip(matrices.mT.unbind(0), pushes.unbind(0), strict=True):
-        value = torch.baddbmm(push, value, matrix)
-        found.append(value)
-    return found
+def recursion(matrices: Tensor, start: Tensor, pushes: Tensor) -> Tensor:
+    """m_t = push_t + matrix_t m_{t-1}, on rows: ``(T, B or 1, O, I)``, ``(B, n, I)`` and ``(T, B, n, O)``, which may be
+    overwritten. Returns ``(T, B, n, O)``."""
+    if matrices.shape[1] > 1:
+        found = [start]
+        for matrix, push in zip(matrices.mT.unbind(0), pushes.unbind(0), strict=True):
+            found.append(torch.baddbmm(push, found[-1], matrix))
+        return torch.stack(found[1:])
+    # With the vectors as columns side by side, where products with a small matrix are fast.
+    matrices, value, columns = matrices[:, 0], start.flatten(0, 1).mT, pushes.flatten(1, 2).mT
+    keep = torch.is_grad_enabled() and any(v.requires_grad for v in (matrices, value, columns))
+    found = [value]
+    for matrix, push in zip(matrices.unbind(0), columns.unbind(0), strict=True):
+        found.append(torch.addmm(push, matrix, found[-1]) if keep else push.addmm_(matrix, found[-1]))
+    return (torch.stack(found[1:]) if keep else columns).mT.unflatten(1, start.shape[:2])
