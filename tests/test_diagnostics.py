@@ -16,7 +16,6 @@ from models import HiddenMarkov, LocalLevel, StochasticVolatility
 
 import pyro_seq as seq
 from pyro_seq.engine.loop import forward
-from pyro_seq.engine.weights import Weights
 from pyro_seq.guide import PriorGuide
 from pyro_seq.infer.run import entered
 from pyro_seq.infer.smc.families import Families
@@ -62,6 +61,32 @@ def test_variance_of_lee_and_whiteley_is_that_over_runs(make, ess_threshold):
     assert abs(variance.mean() / (z.var() / z.mean().square()) - 1) < 0.25
 
 
+@pytest.mark.parametrize("method", [
+    lambda model: seq.AuxiliaryParticleFilter(model, 100, guide=seq.KalmanGuide(model), resampling="multinomial",
+                                              ess_threshold=1.0),
+    lambda model: seq.ParticleFilter(model, 100, resampling=seq.resampling.Soft(0.3, "multinomial"), ess_threshold=1.0),
+], ids=["fully adapted", "soft"])
+def test_variance_counts_by_the_chances_of_the_ancestors(method):
+    """The same where ancestors are drawn by other chances than the weights; over 2000 runs."""
+    model = LocalLevel(0.0, 1.0, 0.5, 2.0)
+    found = method(model).run(model.simulate([4])["x"].expand(2000, -1))
+    weights = found.particles.last[1].normalised
+    variance = found.particles.families.variance(weights)[0]
+    z = (found.log_evidence - found.log_evidence.mean()).exp()
+    difference = z.square() * variance - (z - z.mean()).square()
+    assert abs(difference.mean()) < 5 * difference.std() / math.sqrt(len(z))
+    assert abs(variance.mean() / (z.var() / z.mean().square()) - 1) < 0.25
+
+
+def test_standard_error_of_the_fully_adapted_filter_is_about_right():
+    """Systematic resampling by look-ahead weights, an approximation: within a third of the spread over runs."""
+    model = LocalLevel(0.0, 2.0, 1.0, 0.3)
+    method = seq.AuxiliaryParticleFilter(model, 200, guide=seq.KalmanGuide(model))
+    found = method.run(model.simulate([3])["x"].expand(1000, -1))
+    ratio = found.standard_error.square().nanmean().sqrt() / found.log_evidence.std()
+    assert 0.7 < ratio < 1.3, ratio
+
+
 @pytest.mark.parametrize("ess_threshold", [1.0, 0.5])
 def test_standard_error_of_systematic_resampling_is_about_right(ess_threshold):
     """An approximation: within a third of the spread over runs, where Lee and Whiteley's own formula is often negative."""
@@ -103,14 +128,14 @@ def test_what_is_known_has_no_error_and_what_has_one_family_has_none_to_tell():
 
 def test_families_follow_the_ancestors():
     families = Families(2, 4, torch.device("cpu"))
-    weights = Weights.of(torch.zeros(2, 4))
+    weights = torch.full((2, 4), 0.25)
     families.resample(torch.tensor([[0, 0, 2, 3], [1, 1, 1, 1]]), weights)
     families.resample(torch.tensor([[2, 2, 0, 3], [0, 1, 2, 3]]), weights)
     assert families.eve.tolist() == [[2, 2, 0, 3], [1, 1, 1, 1]]
-    error = families.standard_error(weights.normalised)
+    error = families.standard_error(weights)
     assert error[1].isnan()
     families.resample(torch.eye(4).expand(2, 4, 4), weights)
-    assert families.standard_error(weights.normalised).isnan().all()
+    assert families.standard_error(weights).isnan().all()
 
 
 def test_table_is_that_of_the_run():
@@ -195,7 +220,7 @@ def test_an_exact_method_has_nothing_to_diagnose():
 
 def test_a_transport_has_no_genealogy():
     """Mixed particles have no ancestors: no smoothed moments, no trajectories, no error, and a clear refusal."""
-    class Mixing:
+    class Mixing(seq.resampling.Resampler):
         def __call__(self, weights, state, look_ahead=None):
             n, particles = weights.log.shape
             return weights.normalised[:, None].expand(n, particles, particles), torch.zeros_like(weights.log)

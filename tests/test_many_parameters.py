@@ -9,7 +9,7 @@ from pyro import poutine
 
 import pyro_seq as seq
 from pyro_seq.engine.families import sample
-from pyro_seq.infer.smc import many
+from pyro_seq.infer.smc import mapped
 from pyro_seq.infer.smc.many import ManyParticles
 from pyro_seq.sequences import Sequences
 
@@ -112,7 +112,7 @@ def same_numbers(monkeypatch):
                  for v, d in zip(tensors, in_dims[2:], strict=True)]
         return torch.stack([seeded(make(*(v[m] for v in moved))) for m in range(info.batch_size)]), 0
 
-    monkeypatch.setattr(many._Draw, "vmap", staticmethod(over_values))
+    monkeypatch.setattr(mapped._Draw, "vmap", staticmethod(over_values))
     monkeypatch.setattr("pyro_seq.engine.sites.sample", seeded)
     monkeypatch.setattr("pyro_seq.resampling.inversion.draw_uniform", lambda n, like: torch.full((n,), 0.4).to(like))
 
@@ -185,6 +185,8 @@ def test_values_draw_numbers_of_their_own():
     lambda a: dist.MultivariateNormal(torch.stack([a, 2 - a], -1), torch.eye(2)),
     lambda a: dist.Normal(torch.stack([a, 2 - a], -1), 1.0).to_event(1),
     lambda a: dist.OneHotCategorical(torch.stack([a, 2 - a], -1)),
+    lambda a: dist.Multinomial(7, torch.stack([a, 2 - a], -1)), lambda a: dist.BetaBinomial(1 + a, 2 - a, 6),
+    lambda a: dist.DirichletMultinomial(torch.stack([a, 2 - a], -1), 5),
 ])
 def test_families_are_drawn_for_many_values(make):
     """Means of 4000 draws a value, each value within 4.5 standard errors of its own mean."""
@@ -214,6 +216,34 @@ def test_families_are_drawn_for_many_values(make):
         else:
             mean = fn.mean
         assert ((drawn.mean(0) - mean[0]) / (drawn.std(0) / 4000**0.5)).abs().max() < 4.5
+
+
+@pytest.mark.parametrize("latent", [
+    lambda a, n: dist.Normal(torch.zeros(n), a), lambda a, n: dist.Gamma(a.expand(n), 1.0),
+    lambda a, n: dist.Bernoulli(a.expand(n)), lambda a, n: dist.Exponential(a.expand(n)),
+    lambda a, n: dist.Poisson(a.expand(n)),
+    lambda a, n: dist.Beta(a.expand(n), 1.0), lambda a, n: dist.LogNormal(torch.zeros(n), a),
+    lambda a, n: dist.Uniform(torch.zeros(n), a), lambda a, n: dist.StudentT(a.expand(n))],
+    ids=["Normal", "Gamma", "Bernoulli", "Exponential", "Poisson", "Beta", "LogNormal", "Uniform", "StudentT"])
+def test_a_value_out_of_range_is_an_error_wherever_it_stands(latent):
+    class Latent(seq.StateSpaceModel):
+        def __init__(self):
+            super().__init__()
+            self.a = pyro.nn.PyroSample(dist.Normal(0.0, 1.0))
+
+        def initial(self):
+            return pyro.sample("z", latent(self.a, 1))
+
+        def transition(self, z):
+            return pyro.sample("z", latent(self.a, len(z)))
+
+        def emission(self, z, x=None):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    method = seq.ParticleFilter(Latent(), 10)
+    assert method.log_evidence_at({"a": torch.tensor([0.5, 0.7])}, torch.ones(1, 3)).isfinite().all()
+    with pytest.raises(ValueError, match="parameter value 1"):
+        method.log_evidence_at({"a": torch.tensor([0.5, -0.5])}, torch.ones(1, 3))
 
 
 class Strict(seq.StateSpaceModel):
@@ -301,7 +331,7 @@ TWO = {"phi": torch.tensor([0.1, 0.9]), "noise": torch.ones(2)}
     (fit_at(Bayesian, TWO, num_runs=2), ValueError, "num_runs=1"),
     (fit_at(Bayesian, TWO, chunk_size=0), ValueError, "chunk_size=0; it is at least 1"),
     (fit_at(Bayesian, {**TWO, "noise": torch.tensor([1.0, -1.0])}), ValueError,
-     "NaN or infinite at time 1 .* parameter value 1"),
+     "argument 'scale' of the model's distribution of site .* is out of its range at time 1 under parameter value 1"),
 ])
 def test_mistakes(call, error, message):
     torch.set_default_dtype(torch.float32)  # that of the values above

@@ -298,3 +298,31 @@ def test_what_needs_more_than_a_filter_is_refused_as_a_stream(make):
         method.stream()
     with pytest.raises(TypeError, match="which log_evidence_at does not do"):
         method.log_evidence_at({"scale": torch.ones(2)}, torch.zeros(1, 3))
+
+
+class Chained(seq.StateSpaceModel):
+    """Two sites, of which the second reads the first."""
+
+    def initial(self):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        return {"a": a, "b": pyro.sample("b", dist.Normal(2 * a, 0.3))}
+
+    def transition(self, state):
+        a = pyro.sample("a", dist.Normal(0.8 * state["a"], 1.0))
+        return {"a": a, "b": pyro.sample("b", dist.Normal(0.5 * state["b"] + 2 * a, 0.3))}
+
+    def emission(self, state, x=None):
+        return pyro.sample("x", dist.Normal(state["b"], 1.0), obs=x)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-2)])
+def test_a_site_that_reads_another_of_its_step(dtype, tolerance):
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model = Chained()
+        x = model.simulate([15])["x"]
+        found, exact = seq.TwistedParticleFilter(model, 100).run(x), seq.KalmanFilter(model).run(x)
+    finally:
+        torch.set_default_dtype(usual)
+    torch.testing.assert_close(found.log_evidence, exact.log_evidence, rtol=0, atol=tolerance)

@@ -5,7 +5,9 @@ This is what lets a guide start at a model's prior and move away from it without
 
 from __future__ import annotations
 
+import inspect
 import math
+from functools import cache
 from typing import Any
 
 import pyro
@@ -23,7 +25,7 @@ from torch.distributions import (
     transform_to,
 )
 
-__all__ = ["Family", "concatenate", "expand_rows", "has_moving_support", "in_support", "log_density", "sample"]
+__all__ = ["Family", "concatenate", "expand_rows", "has_moving_support", "in_support", "log_density", "sample", "settings"]
 
 # Of redundant arguments (probs and logits, three forms of a covariance) the one with the simplest unconstrained form.
 _DROPPED = {"logits": {"probs"}, "scale_tril": {"covariance_matrix", "precision_matrix"}}
@@ -33,6 +35,9 @@ _NORMALS = (torch.distributions.Normal, pyro.distributions.Normal)
 # Families whose support moves with their parameters and whose density does not vanish outside by itself.
 _BOUNDED = (torch.distributions.Binomial, torch.distributions.Pareto, pyro.distributions.AffineBeta)
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+_NOT_REBUILT = ("site {name!r}: a {kind} cannot be made anew from its parameters {arguments}, which a guide that learns them "
+                "has to do; use a family such as Normal, LogNormal, Gamma, Beta or Categorical for the latent, or write a "
+                "SequentialGuide")
 _NO_FAMILY = ("site {name!r}: {kind} cannot be learned in its own family (argument {argument!r} has no fixed range); use a "
               "family such as Normal, LogNormal, Gamma, Beta or Categorical for the latent, or write a SequentialGuide")
 
@@ -44,6 +49,36 @@ def _arguments(fn: Distribution) -> dict[str, Any]:
         if kept in names:
             names = {k: v for k, v in names.items() if k not in dropped}
     return names
+
+
+@cache
+def _settings_of(kind: type) -> tuple[tuple[str, bool], ...]:
+    """Constructor arguments that are no parameters, and whether they have a default."""
+    known = {"self", "validate_args", *(() if isinstance(kind.arg_constraints, property) else kind.arg_constraints)}
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return tuple((argument.name, argument.default is not argument.empty)
+                 for argument in inspect.signature(kind.__init__).parameters.values()
+                 if argument.name not in known and argument.kind in named)
+
+
+def settings(fn: Distribution) -> dict[str, Any] | None:
+    """What a distribution was made with beside its parameters, as a multinomial's number of trials; ``None`` where that cannot
+    be told, or may differ between rows.
+
+    Example::
+
+        >>> import torch, pyro.distributions as dist
+        >>> settings(dist.Multinomial(4, probs=torch.ones(2, 3))), settings(dist.Gamma(1.0, 1.0))
+        ({'total_count': 4}, {})
+    """
+    found = {}
+    for name, optional in _settings_of(type(fn)):
+        value = getattr(fn, name, None)
+        if isinstance(value, Tensor) and value.dim() or value is None and not optional:
+            return None
+        if value is not None:
+            found[name] = value
+    return found
 
 
 def _is_real(constraint: constraints.Constraint) -> bool:
@@ -116,6 +151,8 @@ class Family:
             self.width = sum(torch.Size(s).numel() for s in self.shapes.values())
             self.charts = {a: _chart(c) for a, c in self.arguments.items()}
             self.sizes = [torch.Size(s).numel() for s in self.shapes.values()]
+            self.settings = settings(fn)
+            self._require_rebuilt(fn)
         if self.inner is not None:
             self.width, self.shapes = self.inner.width, self.inner.shapes
 
@@ -141,7 +178,24 @@ class Family:
         for (argument, chart), part in zip(self.charts.items(), parts, strict=True):
             part = part if len(self.shapes[argument]) == 1 else part.reshape(rows, *self.shapes[argument])
             values[argument] = part if chart is None else chart(part)
-        return self.kind(**values)
+        return self.kind(**values, **self.settings)
+
+    def _require_rebuilt(self, fn: Distribution) -> None:
+        """Raise unless the distribution that its parameters make is the one that they are of."""
+        same = self.settings is not None
+        if same:
+            try:
+                with torch.no_grad(), torch.random.fork_rng(
+                        [v.device for v in (self._leaf(fn),) if v.device.type == "cuda"]):
+                    torch.manual_seed(0)
+                    value, again = fn.sample(), self.distribution(self.parameters(fn))
+                    same = torch.allclose(again.log_prob(value), fn.log_prob(value), rtol=1e-3, atol=1e-2, equal_nan=True)
+            except NotImplementedError:  # of a density that nobody knows
+                pass
+            except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+                same = False
+        if not same:
+            raise ValueError(_NOT_REBUILT.format(name=self.name, kind=self.kind.__name__, arguments=list(self.arguments)))
 
     def slices(self) -> dict[str, slice]:
         """Where each argument lies in the flat vector."""
@@ -185,8 +239,9 @@ class Family:
         return getattr(fn, next(iter(self.arguments)))
 
     def same(self, fn: Distribution) -> bool:
-        """Whether ``fn`` can be a member: same kind, same event shape."""
-        return type(fn) is self.kind and tuple(fn.event_shape) == self.event
+        """Whether ``fn`` can be a member: same kind, same event shape, same settings."""
+        return type(fn) is self.kind and tuple(fn.event_shape) == self.event and (
+            self.inner is not None or settings(fn) == self.settings)
 
 
 def expand_rows(fn: Any, rows: int, name: str) -> Distribution:
@@ -269,7 +324,7 @@ def _standard_normal(like: Tensor) -> Tensor:
 
 def in_support(fn: Distribution) -> Tensor:
     """A fixed value inside the support of ``fn``, of its full shape; it uses no random numbers."""
-    shape = fn.shape()
+    shape = fn.batch_shape + fn.event_shape
     support = fn.support
     while isinstance(support, constraints.independent):
         support = support.base_constraint
@@ -307,8 +362,8 @@ def concatenate(fns: list[Distribution]) -> Distribution | None:
         return None if base is None else type(head)(base, head.reinterpreted_batch_ndims)
     if isinstance(head, TorchDistribution) and not head.arg_constraints:
         return None
-    arguments = _arguments(head)
-    if not arguments:
+    arguments, own = _arguments(head), settings(head)
+    if not arguments or own is None or any(settings(fn) != own for fn in fns):
         return None
     values = {}
     for argument in arguments:
@@ -317,6 +372,6 @@ def concatenate(fns: list[Distribution]) -> Distribution | None:
             return None
         values[argument] = torch.cat(parts)
     try:
-        return type(head)(**values)
+        return type(head)(**values, **own)
     except TypeError:
         return None

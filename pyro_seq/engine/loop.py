@@ -175,10 +175,13 @@ class Checked:
         self.usual = bool(pyro.settings.get("validate_distributions_torch"))
         self.entered = 0
 
-    def __enter__(self) -> None:
+    def due(self) -> bool:
+        """Whether the step that now begins checks; asked once a step."""
         self.entered += 1
-        due = self.entered == 1 or self.later and self.entered in _CHECKED
-        Distribution.set_default_validate_args(self.usual and due)
+        return self.usual and (self.entered == 1 or self.later and self.entered in _CHECKED)
+
+    def __enter__(self) -> None:
+        Distribution.set_default_validate_args(self.due())
 
     def __exit__(self, *error: Any) -> None:
         Distribution.set_default_validate_args(self.usual)

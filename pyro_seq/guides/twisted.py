@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_seq.engine.gaussian import root
+from pyro_seq.engine.jacobian import jacobian
 from pyro_seq.engine.sites import LatentsDrawn
 from pyro_seq.engine.state import State, map_state
 from pyro_seq.guides.noise import NoiseGuide
 from pyro_seq.sequences import Frame, Sequences
 
-__all__ = ["Twist", "TwistedGuide", "prior_moments"]
+__all__ = ["Joint", "Twist", "TwistedGuide"]
 
 
 class Twist(NamedTuple):
@@ -72,31 +73,46 @@ class TwistedGuide(NoiseGuide):
         return map_state(lambda leaf: leaf.repeat(times, *(1,) * (leaf.dim() - 1)), twists)
 
     def noise(self, state: State, frame: Frame, encoding: Twist) -> tuple[Tensor, Tensor, Distribution]:
-        priors = self.priors(state, frame)
-        mean, factor, _ = encoding.tilt(*prior_moments(priors))
-        return mean, factor, priors[0]
+        joint = self.joint(state, frame)
+        mean, factor, _ = encoding.tilt(*joint.moments())
+        return mean, factor, joint.first
 
     def look_ahead(self, state: State, frame: Frame, encoding: Twist) -> Tensor:
-        return encoding.tilt(*prior_moments(self.priors(state, frame)))[-1]
+        return encoding.tilt(*self.joint(state, frame).moments())[-1]
 
-    def priors(self, state: State, frame: Frame) -> list[Distribution]:
-        """The model's distributions of the latents, those that read others given these at their means."""
-        width = self.layout.latent_width + self.layout.data_width
-        zero = torch.zeros(frame.rows, width, device=frame.device)
-        with suppress(LatentsDrawn), self.sites(frame, zero, stop_after=len(self.layout.latents)) as sites:
-            self.model.apply(state, frame)
-        return [site.p for site in sites.latents.values()]
+    def joint(self, state: State, frame: Frame) -> Joint:
+        """The model's distribution of the latents; those that read others are taken as linear in their noise."""
+        zero = torch.zeros(frame.rows, self.layout.latent_width + self.layout.data_width, device=frame.device)
+        width = self.layout.latent_width
+        first: Distribution | None = None
+
+        def run(noise: Tensor) -> Tensor:
+            nonlocal first
+            padded = torch.cat([noise, zero[:, width:].to(noise)], -1)
+            with suppress(LatentsDrawn), self.sites(frame, padded, stop_after=len(self.layout.latents)) as sites:
+                self.model.apply(state, frame)
+            first = next(iter(sites.latents.values())).p
+            return torch.cat([site.value.double().reshape(frame.rows, -1) for site in sites.latents.values()], -1)
+
+        if len(self.layout.latents) == 1:
+            run(zero[:, :width])
+            return Joint(first)
+        mean, slope = jacobian(run, zero[:, :width].double(), f"the step of {type(self.model).__name__}")
+        return Joint(first, mean, slope)
 
 
-def prior_moments(priors: list[Distribution]) -> tuple[Tensor, Tensor]:
-    """Of all latents of a step: the mean ``(rows, Z)`` and the root ``(rows, Z, Z)`` of the covariance, in float64."""
-    rows = priors[0].batch_shape[0]
-    means = torch.cat([prior.mean.double().reshape(rows, -1) for prior in priors], -1)
-    roots = [root(prior).double() for prior in priors]
-    if len(roots) == 1:
-        return means, roots[0]
-    spread, at = means.new_zeros(rows, means.shape[-1], means.shape[-1]), 0
-    for part in roots:
-        spread[:, at:at + part.shape[-1], at:at + part.shape[-1]] = part
-        at += part.shape[-1]
-    return means, spread
+class Joint(NamedTuple):
+    """The latents of a step given the state."""
+
+    first: Distribution
+    """Of the first of them."""
+    mean: Tensor | None = None
+    """``(rows, Z)`` of all, where there are several, in float64."""
+    spread: Tensor | None = None
+    """``(rows, Z, Z)`` a root of their covariance."""
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """``(rows, Z)`` the mean and ``(rows, Z, Z)`` a root of the covariance, in float64."""
+        if self.mean is not None:
+            return self.mean, self.spread
+        return self.first.mean.double().reshape(self.first.batch_shape[0], -1), root(self.first).double()

@@ -182,7 +182,7 @@ class ParticleFilter:
         for step in tqdm(steps, total=sequences.num_steps, disable=not self.progress, desc="particle filter"):
             refuse_scaled(self.model, step)
             factor = population.weigh(step, batch)
-            record.add(step, population.weights, factor)
+            record.add(step, population.weights, factor, population.chances)
         record.finish()
         so_far = record.evidence().cumsum(1).reshape(runs, batch, -1)
         evidence = so_far[..., -1]

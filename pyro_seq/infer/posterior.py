@@ -283,13 +283,18 @@ class Posterior:
         return pd.concat(frames, ignore_index=True)
 
     def to_arviz(self, num_samples: int = 500) -> Any:
-        """The latent trajectories as an arviz ``InferenceData`` (one chain), with the data."""
+        """The latent trajectories as an arviz ``InferenceData`` (one chain), with the data; NaN past a sequence's end."""
         import arviz
 
-        draws = self.trajectories(num_samples)
+        active, draws = self.sequences.active, self.trajectories(num_samples)
+
+        def ended(value: Tensor, leading: int) -> Any:
+            inside = active.reshape(*active.shape, *(1,) * (value.dim() - leading - 2))
+            return (value if active.all() else torch.where(inside, value, torch.nan)).cpu().numpy()
+
         return arviz.from_dict(
-            posterior={name: value.cpu().numpy()[None] for name, value in draws.samples.items()},
-            observed_data={name: value.cpu().numpy() for name, value in self.sequences.x.items()})
+            posterior={name: ended(value, 1)[None] for name, value in draws.samples.items()},
+            observed_data={name: ended(value[:, :active.shape[1]], 0) for name, value in self.sequences.x.items()})
 
     def plot(self, site: str | None = None, sequence: int = 0, ax: Any = None) -> Any:
         """The filtered mean of a site with a 90 % band, over the data where it has the same shape."""

@@ -6,14 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 from tqdm import tqdm
 
 from pyro_seq.engine.loop import Step, forward, pad_rows
 from pyro_seq.engine.noise import Layout
 from pyro_seq.engine.state import State, map_state
 from pyro_seq.engine.weights import Weights
-from pyro_seq.guides.twisted import Twist, TwistedGuide, prior_moments
+from pyro_seq.guides.twisted import Joint, Twist, TwistedGuide
 from pyro_seq.infer.particle_filter import ParticleFilter
 from pyro_seq.infer.posterior import Posterior
 from pyro_seq.infer.run import Stopwatch, refuse_scaled
@@ -132,15 +131,15 @@ class TwistedParticleFilter(ParticleFilter):
         """Run the filter with given functions."""
         guide = TwistedGuide(self.model, twists)
         steps: list[tuple[Tensor, Tensor, Tensor]] = []
-        ahead: list[tuple[list[Distribution], Tensor]] = []
+        ahead: list[tuple[Joint, Tensor]] = []
         # The relative variance of the evidence estimate, times N: what was lost where particles were resampled, and at the end.
         lost = torch.zeros(sequences.num_sequences, dtype=torch.float64, device=sequences.device)
         final, evidence = lost.clone(), lost.clone()
 
         def look_ahead(frame: Frame, state: State, twist: Twist) -> Tensor:
-            priors = guide.priors(state, frame)
-            found = twist.tilt(*prior_moments(priors))[-1].reshape(-1, self.num_particles)
-            ahead.append((priors, found))
+            joint = guide.joint(state, frame)
+            found = twist.tilt(*joint.moments())[-1].reshape(-1, self.num_particles)
+            ahead.append((joint, found))
             share = Weights.of(population.weights.log[:len(found)] + found).ess / self.num_particles
             lost[:len(found)] += torch.where((share < self.ess_threshold) | (self.ess_threshold == 1.0), 1 / share - 1, 0.0)
             return found
@@ -161,10 +160,10 @@ class TwistedParticleFilter(ParticleFilter):
         for t in reversed(range(len(seen.steps))):
             latents, log_density, log_weights = seen.steps[t]
             if found:
-                priors, looked = seen.ahead[t]
+                joint, looked = seen.ahead[t]
                 after = map_state(lambda leaf: repeat_rows(leaf, self.num_particles), found[-1])
                 running = len(found[-1].center)
-                ahead = after.tilt(*prior_moments(priors))[-1].reshape(running, -1)
+                ahead = after.tilt(*joint.moments())[-1].reshape(running, -1)
                 log_density = torch.cat([first_rows(log_density, running) + ahead, log_density[running:]])
                 log_weights = torch.cat([first_rows(log_weights, running) + looked, log_weights[running:]])
             found.append(fit_twist(latents, log_density, log_weights, self.quadratic))
@@ -177,8 +176,9 @@ class _Seen(NamedTuple):
 
     steps: list[tuple[Tensor, Tensor, Tensor]]
     """Of each step: latents ``(n, N, Z)``, log density of the data given them ``(n, N)``, log weights ``(n, N)``."""
-    ahead: list[tuple[list[Distribution], Tensor]]
-    """Of each step but the last: the next step's priors and look-ahead of all particles, before they were resampled."""
+    ahead: list[tuple[Joint, Tensor]]
+    """Of each step but the last: the next step's latents given its state, and the look-ahead of all particles, before they were
+    resampled."""
     evidence: Tensor
     """``(B,)`` its log estimate."""
     spread: Tensor

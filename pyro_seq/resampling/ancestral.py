@@ -46,17 +46,18 @@ class Ancestral(Resampler):
         self.unbiased = getattr(self.scheme, "unbiased", True)
 
     def __call__(self, weights: Weights, state: State, look_ahead: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if look_ahead is None:
+        log_chances = self.log_chances(weights, look_ahead)
+        if log_chances is None:
             return self.scheme(weights.normalised.detach()), torch.zeros_like(weights.log)
-        return self._choose(weights, _favoured(weights, look_ahead))
-
-    def _choose(self, weights: Weights, log_chances: Tensor) -> tuple[Tensor, Tensor]:
-        """Ancestors of these chances, and weights by how much likelier they should have been."""
+        # Weights make up for how much likelier the ancestors should have been.
         ancestors = self.scheme(log_chances.detach().exp())
         chances = log_chances.gather(-1, ancestors)
         log_normalised = weights.log - weights.log_mean[:, None] - math.log(ancestors.shape[-1])
         # A biased scheme can be left with a particle that had no chance, for which no weight makes up.
         return ancestors, (log_normalised.gather(-1, ancestors) - chances).masked_fill(chances == -torch.inf, -torch.inf)
+
+    def log_chances(self, weights: Weights, look_ahead: Tensor | None = None) -> Tensor | None:
+        return None if look_ahead is None else _favoured(weights, look_ahead)
 
 
 class Soft(Ancestral):
@@ -89,9 +90,9 @@ class Soft(Ancestral):
                              "(at 1 they are all of it: use Ancestral)")
         self.alpha = alpha
 
-    def __call__(self, weights: Weights, state: State, look_ahead: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def log_chances(self, weights: Weights, look_ahead: Tensor | None = None) -> Tensor:
         chances = weights.normalised if look_ahead is None else _favoured(weights, look_ahead).exp()
-        return self._choose(weights, (self.alpha * chances + (1 - self.alpha) / chances.shape[-1]).log())
+        return (self.alpha * chances + (1 - self.alpha) / chances.shape[-1]).log()
 
 
 class StopGradient(Ancestral):
@@ -122,9 +123,8 @@ class StopGradient(Ancestral):
         super().__init__(scheme)
         self.unbiased_gradient = self.unbiased
 
-    def __call__(self, weights: Weights, state: State, look_ahead: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        log_weights = weights.log.log_softmax(-1) if look_ahead is None else _favoured(weights, look_ahead)
-        return self._choose(weights, log_weights.detach())
+    def log_chances(self, weights: Weights, look_ahead: Tensor | None = None) -> Tensor:
+        return (weights.log.log_softmax(-1) if look_ahead is None else _favoured(weights, look_ahead)).detach()
 
 
 def find_scheme(scheme: str | Scheme) -> Scheme:

@@ -39,6 +39,10 @@ class Resampler(ABC):
             auxiliary particle filters*, 1999); the new weights make up for them.
         """
 
+    def log_chances(self, weights: Weights, look_ahead: Tensor | None = None) -> Tensor | None:
+        """``(n, N)`` log chances by which ancestors are drawn; ``None`` where these are the weights."""
+        return None
+
 
 def draw_uniform(shape: int | tuple[int, ...], like: Tensor) -> Tensor:
     """Numbers in [0, 1): all the randomness of resampling by ancestors."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_seq.engine.weights import Weights
-
 __all__ = ["Families"]
 
 
@@ -17,9 +15,10 @@ class Families:
     resamplings is estimated by
 
     .. math:: 1 - \frac{N}{N-1} \prod_{r=1}^{k} c_r \Big(1 - \sum_e S_e^2\Big), \qquad
-              c_r = \Big(1 - \frac{\sum_i (O_i - N W_i)^2}{N^2 (1 - \sum_i W_i^2)}\Big)^{-1},
+              c_r = \Big(1 - \frac{\sum_i (O_i - N C_i)^2}{N^2 (1 - \sum_i C_i^2)}\Big)^{-1},
 
-    where :math:`O_i` of the resampled particles are copies of particle i. Multinomial resampling has
+    where :math:`O_i` of the resampled particles are copies of particle i, which had the chance :math:`C_i` (its weight, times
+    what looks ahead where something does). Multinomial resampling has
     :math:`E c_r \approx N/(N-1)`, with which the estimate is that of Lee and Whiteley, unbiased for the variance over the
     squared evidence. Schemes of less scatter merge fewer families, and :math:`c_r` is nearer to one. That correction is a
     heuristic of this library, not theirs; for such schemes, and for resampling at times that depend on the weights, the
@@ -37,14 +36,14 @@ class Families:
         """``(n, N)``; ``None`` once a transport has mixed the families."""
         self.log_correction = torch.zeros(running, dtype=torch.float64, device=device)
 
-    def resample(self, ancestors: Tensor | None, weights: Weights) -> None:
+    def resample(self, ancestors: Tensor | None, chances: Tensor) -> None:
         """
         :param ancestors: ``(n, N)``, or a transport ``(n, N, N)``, of the sequences that run on.
-        :param weights: those that were resampled by.
+        :param chances: ``(n, N)`` by which they were drawn.
         """
-        if self.eve is None or ancestors is None and len(weights.normalised) == len(self.eve):
+        if self.eve is None or ancestors is None and len(chances) == len(self.eve):
             return
-        running, particles = weights.normalised.shape
+        running, particles = chances.shape
         self.eve, self.log_correction = self.eve[:running], self.log_correction[:running]
         if ancestors is None:
             return
@@ -52,13 +51,9 @@ class Families:
             self.eve = None
             return
         moved = (ancestors != torch.arange(particles, device=ancestors.device)).any(-1)
-        chances = weights.normalised
         copies = torch.zeros_like(chances).scatter_add_(1, ancestors, torch.ones_like(chances))
         apart = 1 - chances.square().sum(-1).double()
         scatter = copies.sub_(chances, alpha=particles).square_().sum(-1).double()
-        # More scatter than independent draws have is not chance but favour, by a look-ahead, and says nothing of it.
-        independent = particles * apart
-        scatter = torch.where(scatter > 1.5 * independent, independent, scatter)
         self.log_correction = self.log_correction - torch.where(moved, torch.log1p(-scatter / (particles**2 * apart)), 0.0)
         self.eve = self.eve.gather(1, ancestors)
 

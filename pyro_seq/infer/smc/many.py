@@ -13,15 +13,14 @@ import torch
 from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor
-from torch.distributions import Distribution, Independent, TransformedDistribution
 
-from pyro_seq.engine.families import sample
 from pyro_seq.engine.loop import Checked, Step, select, step_log_weight, weighted_step
-from pyro_seq.engine.sites import GuideSites, Proposal, StepSites
+from pyro_seq.engine.sites import GuideSites
 from pyro_seq.engine.state import State, by_step, map_state
 from pyro_seq.engine.weights import Weights
 from pyro_seq.guide import PriorGuide
 from pyro_seq.infer.run import refuse_scaled
+from pyro_seq.infer.smc.mapped import Draws, MappedSites, in_range
 from pyro_seq.module import own_parameters, require_count
 from pyro_seq.sequences import Frame, Sequences, first_rows, repeat_rows
 
@@ -180,18 +179,19 @@ class ManyParticles:
         model, guide = self.method.model, self.guide
         inner = frame._replace(first=False)  # the checks of the first step have been made
         reached: list[str] = []
+        due = self._checks.due()
 
         def one(marker: Tensor, globals: dict[str, Tensor], attributes: dict[str, Tensor], state: State
-                ) -> tuple[State, Tensor]:
-            def run() -> tuple[State, Tensor]:
+                ) -> tuple[State, Tensor, dict[str, Tensor]]:
+            def run() -> tuple[State, Tensor, dict[str, Tensor]]:
                 before = model.begin(inner) if frame.first else state
-                draws = _Draws(marker, reached)
+                draws = Draws(marker, reached)
                 proposal = guide.propose(before, inner, encoding, GuideSites(inner, draws.from_prior))
-                with _MappedSites(inner, draws, proposal, model.missing_feeds_state) as step:
+                with MappedSites(inner, draws, proposal, model.missing_feeds_state) as step:
                     after = model.apply(before, inner)
                 with torch.enable_grad():  # densities are then computed without writing in place, which vmap refuses
                     weight = step_log_weight(step.sites, inner)
-                return after, weight.detach()
+                return after, weight.detach(), in_range(step.sites) if due else {}
 
             return model.within(run, globals=globals, attributes=attributes)
 
@@ -200,92 +200,33 @@ class ManyParticles:
             # No checks, which branch on tensors. What has no batching rule (torch's GRU cell) is run value by value: no news.
             with pyro.settings.context(validate_distributions_torch=False), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="There is a performance drop because")
-                return mapped(torch.arange(len(self), device=frame.device), self.globals, self.attributes, state)
-        except RuntimeError as error:
+                after, weight, right = mapped(torch.arange(len(self), device=frame.device), self.globals, self.attributes,
+                                              state)
+        except (RuntimeError, ValueError) as error:
+            self._require_alone(frame, encoding, state)
             where = f"after site {reached[-1]!r}" if reached else "before its first site"
             what = str(error).strip().split("\n")[0]
-            raise ValueError(f"the step of {type(model).__name__} at time {frame.t}, {where}, cannot be run for many parameter "
-                             f"values at once by torch.func.vmap: {what} Write it without Python branches on tensors, .item() "
-                             "and writing in place, or run one value after another, chunk_size=1") from error
+            whose = "" if self.method.guide is None else f", or its guide, a {type(guide).__name__},"
+            raise ValueError(f"the step of {type(model).__name__}{whose} at time {frame.t}, {where}, cannot be run for many "
+                             f"parameter values at once by torch.func.vmap: {what} Write it without Python branches on "
+                             "tensors, .item() and writing in place, or run one value after another, chunk_size=1") from error
+        for name, fine in right.items():
+            if not fine.all():
+                raise ValueError(f"{name} is out of its range at time {frame.t} under parameter value "
+                                 f"{int((~fine).nonzero()[0])}")
+        return after, weight
 
-
-class _Draws:
-    """Draws for all values at once.
-
-    :param marker: one number a value, so that values that share a distribution do not share its draws.
-    :param reached: takes down the sites met.
-    """
-
-    def __init__(self, marker: Tensor, reached: list[str]):
-        self.marker, self.reached = marker, reached
-
-    def __call__(self, name: str, fn: Distribution) -> Tensor:
-        made, tensors = _take_apart(fn)
-        if made is None:
-            return sample(fn)
-        return _Draw.apply(made, self.marker, *tensors)
-
-    def from_prior(self, name: str, fn: Distribution) -> tuple[None, Tensor]:
-        self.reached.append(name)
-        return None, self(name, fn)
-
-
-class _MappedSites(StepSites):
-    """The step of all values at once."""
-
-    def __init__(self, frame: Frame, draws: _Draws, proposal: Proposal, impute: bool):
-        super().__init__(frame, self._propose, impute=impute)
-        self.draws, self.inner = draws, proposal
-
-    def _propose(self, name: str, prior: Distribution) -> tuple[Distribution | None, Tensor]:
-        self.draws.reached.append(name)
-        q, value = self.inner(name, prior)
-        return q, self.draws(name, prior if q is None else q) if value is None else value
-
-    def fill_gaps(self, name: str, p: Distribution, value: Tensor, present: Tensor) -> Tensor:
-        if self.impute:
-            self.values = {**self.values, name: self.draws(name, p)}
-        return super().fill_gaps(name, p, value, present)
-
-
-class _Draw(torch.autograd.Function):
-    """A draw from a distribution made of tensors; under vmap, from one with the values as a further batch dimension."""
-
-    @staticmethod
-    def forward(make: Callable[..., Distribution], marker: Tensor, *tensors: Tensor) -> Tensor:
-        return sample(make(*tensors))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        return None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, make: Callable[..., Distribution], marker: Tensor, *tensors: Tensor
-             ) -> tuple[Tensor, int]:
-        moved = [value.expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0)
-                 for value, dim in zip(tensors, in_dims[2:], strict=True)]
-        return sample(make(*moved)), 0
-
-
-def _take_apart(fn: Distribution) -> tuple[Callable[..., Distribution] | None, list[Tensor]]:
-    """The tensors of a distribution with a batch dimension of rows, and what makes it of them again; ``None`` where its
-    arguments are not all tensors with that dimension."""
-    if isinstance(fn, Independent):
-        make, tensors = _take_apart(fn.base_dist)
-        count = fn.reinterpreted_batch_ndims
-        return make and (lambda *values: Independent(make(*values), count)), tensors
-    if isinstance(fn, TransformedDistribution) and not fn.arg_constraints:
-        return None, []
-    names = [name for name in fn.arg_constraints if name in fn.__dict__] or list(fn.arg_constraints)
-    if "scale_tril" in fn.arg_constraints:
-        names = ["loc", "scale_tril"]
-    names = names[:1] if set(names) == {"probs", "logits"} else names
-    tensors = [getattr(fn, name, None) for name in names]
-    rows = len(fn.batch_shape)
-    if not names or any(not isinstance(v, Tensor) or v.shape[:rows] != fn.batch_shape for v in tensors):
-        return None, []
-    kind = type(fn)
-    return lambda *values: kind(**dict(zip(names, values, strict=True)), validate_args=False), tensors
+    def _require_alone(self, frame: Frame, encoding: Any, state: State) -> None:
+        """Raise what the step says to the first of the values that it cannot take even alone."""
+        model = self.method.model
+        for value in range(len(self)):
+            before = None if frame.first else map_state(lambda leaf, value=value: leaf[value], state)
+            try:
+                with pyro.settings.context(validate_distributions_torch=True):
+                    self._at(value, lambda before=before: weighted_step(
+                        model, self.guide, model.begin(frame) if frame.first else before, frame, encoding))
+            except (RuntimeError, ValueError) as error:
+                raise ValueError(f"parameter value {value} at time {frame.t}: {error}") from error
 
 
 def _sorted_out(model: Any, parameters: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

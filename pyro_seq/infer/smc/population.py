@@ -42,6 +42,8 @@ class Population:
         self._foreseen: Tensor | float = 0.0
         self.chosen: Tensor | None = None
         """``(n,)`` which sequences were resampled before the last step."""
+        self.chances: Tensor | None = None
+        """``(n, N)`` by which their ancestors were drawn; ``None`` where these are the weights."""
 
     def between(self, frame: Frame, state: State, encoding: Any, log_weights: Tensor) -> tuple[Tensor | None, Tensor]:
         """Resample the sequences that need it: the engine's :data:`~pyro_seq.engine.loop.Between`."""
@@ -61,10 +63,11 @@ class Population:
         if self.ess_threshold == 1.0:
             chosen = torch.ones_like(chosen)
         self.chosen = chosen
-        self.base = weights.log_mean
+        self.base, self.chances = weights.log_mean, None
         if not chosen.any():
             return None, log_weights
         plan, fresh = self.resampler(weights, state, looked)
+        self.chances = None if (chances := self.resampler.log_chances(weights, looked)) is None else chances.detach().exp()
         if chosen.all():
             self.base = 0.0
             return plan, fresh

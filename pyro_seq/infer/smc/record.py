@@ -50,15 +50,16 @@ class Record:
         self.ended: list[tuple[State, Tensor]] = []
         self.last: tuple[State, Weights] | None = None
 
-    def add(self, step: Step, weights: Weights, factor: Tensor) -> None:
+    def add(self, step: Step, weights: Weights, factor: Tensor, chances: Tensor | None = None) -> None:
         """
         :param factor: ``(n,)`` log of the step's factor of the evidence.
+        :param chances: ``(n, N)`` by which the step's ancestors were drawn; by the weights when omitted.
         """
         self._set_aside(len(factor))
         if self.last is None:
             self.families = Families(*weights.log.shape, weights.log.device)
         else:
-            self.families.resample(step.ancestors, self.last[1].first(len(factor)))
+            self.families.resample(step.ancestors, self.last[1].normalised[:len(factor)] if chances is None else chances)
         self.last = step.state, weights
         self.factors.append(factor)
         self.ess_found.append(weights.ess)

@@ -111,8 +111,8 @@ class _Sums(Record):
         """``(n, N, ...)``"""
         self.expected: list[Tensor] = []
 
-    def add(self, step: Step, weights: Weights, factor: Tensor) -> None:
-        super().add(step, weights, factor)
+    def add(self, step: Step, weights: Weights, factor: Tensor, chances: Tensor | None = None) -> None:
+        super().add(step, weights, factor, chances)
         n, particles = weights.log.shape
         if self.before is None:
             self.sums = self._terms(step, None, step.frame.rows).unflatten(0, (n, particles))
