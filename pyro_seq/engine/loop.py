@@ -10,6 +10,7 @@ Every forward method is this loop with its own guide and its own ``between``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import pyro
@@ -327,7 +328,9 @@ def pad_rows(values: list[Tensor], counts: list[int], packed: Any, num_particles
     batch = counts[0]
     event = values[0].shape[1:]
     out = values[0].new_zeros(batch, len(values), num_particles, *event)
-    for t, (value, count) in enumerate(zip(values, counts, strict=True)):
-        out[:count, t] = value.reshape(count, num_particles, *event)
+    stop = 0
+    for count, alike in groupby(counts):  # between the ends of sequences all steps have as many rows
+        start, stop = stop, stop + sum(1 for _ in alike)
+        out[:count, start:stop] = torch.stack(values[start:stop], 1).unflatten(0, (count, num_particles)).transpose(1, 2)
     out = packed.unsort(out)
     return out[:, :, 0] if num_particles == 1 else out

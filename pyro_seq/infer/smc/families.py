@@ -41,7 +41,7 @@ class Families:
         :param ancestors: ``(n, N)``, or a transport ``(n, N, N)``, of the sequences that run on.
         :param chances: ``(n, N)`` by which they were drawn.
         """
-        if self.eve is None or ancestors is None and len(chances) == len(self.eve):
+        if self.eve is None or ancestors is None and chances.shape[0] == self.eve.shape[0]:
             return
         running, particles = chances.shape
         self.eve, self.log_correction = self.eve[:running], self.log_correction[:running]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -90,13 +91,12 @@ class Population:
         :param batch: the number of sequences that an error counts by, where they are repeated.
         :raises ValueError: if a weight is not a number, or all of a sequence are zero.
         """
-        highest = step.log_weights.detach().amax(-1)
-        if not highest.isfinite().all():
-            raise ValueError(_not_finite(step, highest, batch))
         self.weights = Weights.of(step.log_weights)
+        if not math.isfinite(self.weights.log_mean.detach().sum()):  # a finite sum has finite terms
+            raise ValueError(_not_finite(step, step.log_weights.detach().amax(-1), batch))
         if self.look_ahead is not None and self.adapted:
             apart = step.log_weights - self._foreseen
-            rounding = torch.finfo(apart.dtype).eps**0.5 * (1 + highest.abs())
+            rounding = torch.finfo(apart.dtype).eps**0.5 * (1 + step.log_weights.detach().amax(-1).abs())
             self.adapted = bool((apart.amax(-1) - apart.amin(-1) <= rounding).all())
         return self.weights.log_mean - self.base
 

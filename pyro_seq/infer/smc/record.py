@@ -55,15 +55,16 @@ class Record:
         :param factor: ``(n,)`` log of the step's factor of the evidence.
         :param chances: ``(n, N)`` by which the step's ancestors were drawn; by the weights when omitted.
         """
-        self._set_aside(len(factor))
+        n = factor.shape[0]
+        self._set_aside(n)
         if self.last is None:
             self.families = Families(*weights.log.shape, weights.log.device)
         else:
-            self.families.resample(step.ancestors, self.last[1].normalised[:len(factor)] if chances is None else chances)
+            self.families.resample(step.ancestors, self.last[1].normalised[:n] if chances is None else chances)
         self.last = step.state, weights
         self.factors.append(factor)
         self.ess_found.append(weights.ess)
-        self.largest_found.append(weights.normalised.amax(-1))
+        self.largest_found.append(weights.largest)
         for name, (value, spread) in self.measured(step).items():
             mean, variance = moments_of(weights.normalised, value, spread)
             self.means.setdefault(name, []).append(mean)
@@ -130,7 +131,7 @@ class Record:
 
     def _set_aside(self, running: int) -> None:
         """Keep the particles of the sequences that end here."""
-        if self.last is not None and running < len(self.last[1].log):
+        if self.last is not None and running < self.last[1].log.shape[0]:
             state, weights = self.last[0], self.last[1].normalised[running:]
             rows = slice(running * self.particles, None)
             self.ended.insert(0, (map_state(lambda leaf: leaf[rows], state), weights))
@@ -216,7 +217,7 @@ def take_down(paths: dict[str, list[Tensor]], step: Step, index: Tensor) -> None
 
 def moments_of(weights: Tensor, value: Tensor, spread: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """``(n, ...)`` mean and variance of values ``(n * N, ...)`` under ``(n, N)`` weights."""
-    shape = (len(weights), *value.shape[1:])
+    shape = (weights.shape[0], *value.shape[1:])
     value = value.reshape(*weights.shape, -1)
     value = value if value.is_floating_point() else value.to(weights.dtype)
     chances = weights[:, None].to(value.dtype)
