@@ -22,6 +22,7 @@ from pyro_seq.infer.extended_kalman import ExtendedKalmanFilter
 from pyro_seq.infer.fivo import FIVO
 from pyro_seq.infer.gibbs import Gibbs
 from pyro_seq.infer.hmm import ForwardBackward
+from pyro_seq.infer.inspection import exact, inspect
 from pyro_seq.infer.iwae import IWAE
 from pyro_seq.infer.kalman import GaussianPosterior, KalmanFilter
 from pyro_seq.infer.likelihood import ExactLikelihood
@@ -33,7 +34,7 @@ from pyro_seq.infer.posterior import Posterior
 from pyro_seq.infer.rao_blackwell import RaoBlackwellisedFilter
 from pyro_seq.infer.smc.conditional_path import ConditionalParticleFilter
 from pyro_seq.infer.smoothing import BackwardSampler, FixedLagSmoother, Paris
-from pyro_seq.infer.structure import Structure, exact, inspect
+from pyro_seq.infer.structure import Structure
 from pyro_seq.infer.twisted_filter import TwistedParticleFilter
 from pyro_seq.infer.unscented_kalman import UnscentedKalmanFilter
 from pyro_seq.infer.variational import Variational

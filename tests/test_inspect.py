@@ -331,7 +331,8 @@ def test_kinds(name):
 
 RUN = {**dict.fromkeys(["KalmanFilter", "ForwardBackward", "ExactLikelihood", "ExtendedKalmanFilter", "UnscentedKalmanFilter",
                         "EnsembleKalmanFilter"], {}),
-       **dict.fromkeys(["RaoBlackwellisedFilter", "ParticleFilter"], {"num_particles": 3})}
+       **dict.fromkeys(["RaoBlackwellisedFilter", "ParticleFilter", "BackwardSampler"], {"num_particles": 3}),
+       "TwistedParticleFilter": {"num_particles": 40}}
 
 
 @pytest.mark.filterwarnings("ignore:global parameters")
@@ -373,7 +374,7 @@ def test_what_is_said():
     lines = repr(found).splitlines()
     assert lines[0] == "ZeroWeights: linear-Gaussian at the points tested"
     assert lines[1:3] == ["  z  latent    Normal ()", "  x  observed  Normal ()"]
-    assert len(found.methods) == 11 and all(len(line) <= 120 for line in lines)
+    assert len(found.methods) == 13 and all(len(line) <= 120 for line in lines)
     assert found.sites[0] == ("z", "Normal", (), False, None)
     coins = seq.inspect(Step(two_coins, pairs))
     assert coins.headline == "discrete, with 8 joint states a step"
