@@ -1651,8 +1651,15 @@ def quantile_without_history():
 
 @mistake(ValueError, "quantile|particles", "num_runs=1|one run")
 def quantile_of_several_runs():
-    posterior = seq.ParticleFilter(Level(), num_particles=5, num_runs=2, history=True).run(torch.randn(B, T))
-    posterior.quantile("z", 0.5)
+    seq.ParticleFilter(Level(), num_particles=5, num_runs=2).run(torch.randn(B, T)).quantile("z", 0.5)
+
+
+FILTERS = (seq.ParticleFilter, seq.AuxiliaryParticleFilter, seq.TwistedParticleFilter, seq.RaoBlackwellisedFilter)
+
+
+@mistake(ValueError, "history=True", "one run", "num_runs=2", "num_runs=1", ways=FILTERS)
+def history_of_several_runs(kind):
+    kind(Level(), num_particles=5, num_runs=2, history=True)
 
 
 @mistake(ValueError, "trajectories", "history=True")

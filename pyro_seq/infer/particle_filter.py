@@ -47,9 +47,9 @@ class ParticleFilter:
     :param float ess_threshold: 0 never resamples, 1 always does.
     :param resampling: a name of ``seq.resampling.NAMES``, a scheme, or a :class:`~pyro_seq.resampling.Resampler`.
     :param int num_runs: independent filters; their average is returned, and their spread is its standard error.
-    :param bool history: keep all particles and ancestors, ``T`` times the memory, for quantiles, trajectories and smoothed
-        moments. These two trace the ancestors of the last particles, of which few are left far from the end (``notes`` says
-        where): :class:`~pyro_seq.BackwardSampler` and :class:`~pyro_seq.FixedLagSmoother` do not have that flaw.
+    :param bool history: keep all particles and ancestors of one run, ``T`` times the memory, for quantiles, trajectories and
+        smoothed moments. The last two trace the ancestors of the last particles, of which few are left far from the end
+        (``notes`` says where): :class:`~pyro_seq.BackwardSampler` and :class:`~pyro_seq.FixedLagSmoother` do not have that flaw.
     :param bool progress: show a progress bar.
 
     Source: Gordon, Salmond and Smith, *Novel approach to nonlinear/non-Gaussian Bayesian state estimation*, 1993;
@@ -82,6 +82,9 @@ class ParticleFilter:
         require_count("num_particles", num_particles, 1)
         require_count("num_runs", num_runs, 1)
         require_threshold(ess_threshold)
+        if history and num_runs > 1:
+            raise ValueError(f"history=True keeps the particles of one run, and num_runs={num_runs}: use num_runs=1 and more "
+                             "particles, or leave history out")
         if guide is not None:
             require_guide(guide, model, "ParticleFilter")
         self.resampler = resolve(resampling)
@@ -171,7 +174,7 @@ class ParticleFilter:
 
     def recorder(self, packed: Packed) -> Record:
         """What keeps of the steps what the answer is made of."""
-        return Record(packed, self.num_particles, self.measured, self.history and self.num_runs == 1)
+        return Record(packed, self.num_particles, self.measured, self.history)
 
     def _run(self, guide: Any, sequences: Sequences, parameters: dict[str, Tensor], watch: Stopwatch) -> Posterior:
         runs, batch, particles = self.num_runs, sequences.num_sequences, self.num_particles
