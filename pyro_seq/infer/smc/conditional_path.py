@@ -304,7 +304,7 @@ def conditional_systematic(weights: Tensor, kept: Tensor) -> Tensor:
     rest = expected - whole
     place, side = draw_uniform((2, n), chances)
     uniform = torch.where(side * expected < rest * (whole + 1), place * rest, rest + place * (1 - rest))
-    slots = systematic(chances, uniform)
+    slots = systematic.unchecked(chances, uniform)
     order = draw_uniform((n, particles - 1), chances).argsort(-1)
     slots = torch.cat([torch.zeros_like(slots[:, :1]), slots[:, 1:].gather(1, order)], 1)
     return (slots + kept[:, None]) % particles
