@@ -96,7 +96,8 @@ def read_snapshot(found: Mapping[str, Any], model: Any, guide: Any, particles: i
           torch.no_grad(), torch.random.fork_rng(_cuda(snapshot)), own_parameters(model, guide)):
         warnings.simplefilter("ignore")
         _require_parameters(snapshot, model)
-        _require_like_a_step(snapshot, model, guide, particles)
+        if not snapshot.log_weights.is_cuda:  # where a step that fails may take the process with it
+            _require_like_a_step(snapshot, model, guide, particles)
     return snapshot
 
 
