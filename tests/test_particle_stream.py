@@ -514,6 +514,37 @@ def test_a_snapshot_of_a_model_that_cannot_be_run_without_data_goes_on():
     assert equal(first[-1], feed(other, x, {"u": u}, range(2, 4))[-1])
 
 
+class Twice(Halfway):
+    """Draws in double precision, whatever the model's."""
+
+    def step(self, state, x):
+        super().step(state, x.double())
+
+
+class Counted(LocalLevel):
+    def __init__(self):
+        super().__init__(0.0, 1.0, 0.5, 1.0)
+
+    def emission(self, z, x=None):
+        pyro.sample("x", dist.Poisson(z.exp()), obs=x)
+
+
+def test_a_guide_that_draws_in_another_precision_has_its_snapshots_back():
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        model = Counted()
+        method = seq.ParticleFilter(model, 10, guide=Twice(model))
+        stream, other = method.stream(), method.stream()
+        feed(stream, torch.ones(2, 3).long(), {})
+        assert stream._state.dtype == torch.float64
+        other.load_state_dict(stream.state_dict())
+        with pytest.raises(ValueError, match="the state is bool"):
+            other.load_state_dict({**stream.state_dict(), "state": torch.zeros(20).bool()})
+    finally:
+        torch.set_default_dtype(default)
+
+
 @pytest.mark.parametrize("options", [{"resampling": "multinomial"}, {"resampling": seq.resampling.Soft(0.3)},
                                      {"ess_threshold": 0.9}])
 def test_a_snapshot_of_another_filter_is_refused(options):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_seq.engine.sites import StepSites
 from pyro_seq.engine.state import State, leaves
+from pyro_seq.guide import PriorGuide
 from pyro_seq.module import own_parameters
 from pyro_seq.sequences import Sequences
 
@@ -159,7 +160,8 @@ def _require_like_a_step(snapshot: Snapshot, model: Any, guide: Any, particles: 
     so, nothing is known."""
     blank = _blank(snapshot, model)
     model.check_inputs(Sequences(blank.x, blank.lengths, blank.covariates))
-    typed = bool(snapshot.types)
+    # A guide may draw in another precision than the model.
+    precise = None if not snapshot.types else isinstance(guide, PriorGuide)
     try:
         states, latents = model.within(lambda: _two_steps(model, blank, particles), globals=snapshot.parameters)
     except _FAILS:
@@ -168,15 +170,15 @@ def _require_like_a_step(snapshot: Snapshot, model: Any, guide: Any, particles: 
     if snapshot.latents != latents:
         raise ValueError(f"latents are {sorted(snapshot.latents or ())}, and those of {name} {sorted(latents)}")
     # Either: the first may be of another type than those after.
-    if _form(snapshot.state, typed) not in (forms := [_form(state, typed) for state in states]):
-        raise ValueError(f"the state is {_form(snapshot.state, typed)}, and that of {name} is {forms[-1]}")
+    if _form(snapshot.state, precise) not in (forms := [_form(state, precise) for state in states]):
+        raise ValueError(f"the state is {_form(snapshot.state, precise)}, and that of {name} is {forms[-1]}")
     try:
-        first, second = (_form(carry, typed) for carry in _two_carries(guide, model, blank, snapshot.parameters))
+        first, second = (_form(carry, precise) for carry in _two_carries(guide, model, blank, snapshot.parameters))
     except _FAILS:
         return
     # What a guide carries may grow.
-    if first == second != _form(snapshot.carry, typed):
-        raise ValueError(f"carry is {_form(snapshot.carry, typed)}, and that of {type(guide).__name__} is {first}")
+    if first == second != _form(snapshot.carry, precise):
+        raise ValueError(f"carry is {_form(snapshot.carry, precise)}, and that of {type(guide).__name__} is {first}")
 
 
 _FAILS = (ValueError, RuntimeError, TypeError, IndexError, KeyError, AttributeError, ZeroDivisionError)
@@ -188,8 +190,9 @@ def _blank(snapshot: Snapshot, model: Any) -> Sequences:
     x: dict[str, Tensor] = {}
     covariates: dict[str, Tensor] = {}
     observed: dict[str, Tensor] = {}
+    usual = next((p.dtype for p in model.parameters() if p.is_floating_point()), snapshot.log_weights.dtype)
     for name, shape in snapshot.inputs.items():
-        kind = getattr(torch, snapshot.types[name]) if snapshot.types else snapshot.log_weights.dtype
+        kind = getattr(torch, snapshot.types[name]) if snapshot.types else usual
         value = torch.zeros(batch, 1, *shape, dtype=kind, device=device)
         if name not in model.data_names():
             covariates[name] = value
@@ -225,14 +228,18 @@ def _two_carries(guide: Any, model: Any, blank: Sequences, parameters: dict[str,
             del guide.__dict__[name]
 
 
-def _form(state: State, typed: bool) -> Any:
-    """How a state is made: its kinds of containers, and its tensors' shapes, with their types if these are known."""
+def _form(state: State, precise: bool | None) -> Any:
+    """How a state is made: its kinds of containers, and its tensors' shapes and types.
+
+    :param precise: whether floating types are told apart; ``None`` where no types are.
+    """
     if state is None:
         return None
     if isinstance(state, Tensor):
-        return f"{str(state.dtype).removeprefix('torch.')} {tuple(state.shape)}" if typed else str(tuple(state.shape))
+        kind = "" if precise is None else "floating" if state.is_floating_point() and not precise else (
+            str(state.dtype).removeprefix("torch."))
+        return f"{kind} {tuple(state.shape)}".lstrip()
     if isinstance(state, Mapping):
-        return {name: _form(part, typed) for name, part in state.items()}
-    kind = type(state).__name__
-    parts = [_form(part, typed) for part in state]
+        return {name: _form(part, precise) for name, part in state.items()}
+    kind, parts = type(state).__name__, [_form(part, precise) for part in state]
     return (kind, dict(zip(state._fields, parts, strict=True))) if hasattr(state, "_fields") else (kind, parts)

@@ -175,8 +175,8 @@ class ParticleStream:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a snapshot of a stream of the same model and guide, filtered in the same way; torch's generators are set.
 
-        :raises ValueError: if it is no such snapshot, or damaged: what it holds is checked against two steps of the model run
-            without data. The stream is then as it was.
+        :raises ValueError: if it is no such snapshot, or damaged: what it holds is checked and, on a CPU, compared with two
+            steps of the model run without data. The stream is then as it was.
         """
         found = dict(state_dict) if isinstance(state_dict, Mapping) else {}
         if found.get("format") != _FORMAT:
