@@ -7,6 +7,7 @@ frequencies after some sweeps are compared with the exact ones; every comparison
 
 import itertools
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -271,6 +272,71 @@ def test_ancestors_of_density_zero_are_not_drawn():
         assert (path.diff(dim=1).abs() <= 0.5).all() and (path[:, 0] <= 1).all()
 
 
+class Chain(seq.SequentialGuide):
+    """Reads what it draws."""
+
+    def step(self, state, x):
+        k = pyro.sample("k", dist.Categorical(torch.ones(len(x), 3)))
+        torch.eye(3)[k]
+
+
+@pytest.mark.parametrize("ancestor_sampling", [False, True])
+@pytest.mark.parametrize("of", [torch.Tensor.double, torch.Tensor.float, torch.Tensor.int, torch.Tensor.numpy,
+                                lambda k: k.double().numpy(), torch.Tensor.tolist])
+def test_a_path_of_another_type_is_the_same_path(of, ancestor_sampling):
+    model, x = HiddenMarkov(3), torch.randn(2, 5)
+    kernel = seq.ConditionalParticleFilter(model, 6, ancestor_sampling=ancestor_sampling)
+    k = torch.randint(3, (2, 5))
+    found = []
+    for path in (k, of(k)):
+        pyro.set_rng_seed(1)
+        found.append(kernel.run(x, path={"k": path}).trajectories(3).samples["k"])
+    assert torch.equal(*found) and found[1].dtype == torch.long
+
+
+def test_what_lies_past_the_end_of_a_path_is_not_read():
+    path = torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, torch.nan]])
+    found = seq.ConditionalParticleFilter(HiddenMarkov(3), 5).run(torch.zeros(2, 3), [3, 2], path={"k": path})
+    assert found.filtered["k"].mean.isfinite().all()
+
+
+def test_diagnostics_are_of_all_its_particles():
+    posterior = seq.ConditionalParticleFilter(level(), 50).run(torch.randn(2, 6), [6, 4], path={"z": torch.zeros(2, 6)})
+    table = posterior.diagnostics()
+    assert len(table) == 10
+    np.testing.assert_allclose(table["ess"], posterior.ess[posterior.sequences.active])
+    assert set(table) >= {"distinct_ancestors", "pareto_k"} and (table["distinct_ancestors"] >= 1).all()
+
+
+class Alone(seq.SequentialModel):
+    """A state that reads no data, said or not."""
+
+    def start(self, rows):
+        return torch.zeros(rows)
+
+    def step(self, z, x=None):
+        z = pyro.sample("z", dist.Normal(0.5 * z, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        return z
+
+
+class SaidSo(Alone):
+    missing_feeds_state = False
+
+
+def test_gaps_that_no_state_reads_once_the_model_says_so():
+    """2000 chains of 15 sweeps against the exact smoothed means with a gap; |z| < 4.5."""
+    x = X.clone()
+    x[0, 1] = torch.nan
+    with pytest.raises(ValueError, match="missing_feeds_state = False"):
+        seq.ConditionalParticleFilter(Alone(), 5).run(x, path={"z": torch.zeros(1, 4)})
+    kernel, path = seq.ConditionalParticleFilter(SaidSo(), 10, ancestor_sampling=True), torch.zeros(CHAINS, 4)
+    for _ in range(15):
+        path = drawn(kernel.run(x.expand(CHAINS, -1), path={"z": path}))["z"]
+    exact = seq.KalmanFilter(SaidSo()).run(x).smoothed["z"].mean[0]
+    assert z_scores(path, exact).abs().max() < 4.5
+
+
 RUN = dict(x=torch.zeros(2, 3, dtype=torch.float64), path={"z": torch.zeros(2, 3, dtype=torch.float64)})
 
 
@@ -293,7 +359,24 @@ RUN = dict(x=torch.zeros(2, 3, dtype=torch.float64), path={"z": torch.zeros(2, 3
     (lambda: seq.ConditionalParticleFilter(Lagged(), 5, ancestor_sampling=True), {}, ValueError,
      "the state of Lagged after time 2 is no function of that step's latents"),
     (lambda: seq.ConditionalParticleFilter(VRNN(), 5), {"x": torch.full((2, 3, 4), torch.nan, dtype=torch.float64)}, ValueError,
-     "draws missing data, which its state may read"),
+     "draws missing data, which its state may read.*missing_feeds_state = False in the class"),
+    (lambda: seq.ConditionalParticleFilter(level(), 5), {"path": {"z": "flat"}}, TypeError, r"path\['z'\] is a str"),
+    (lambda: seq.ConditionalParticleFilter(level(), 5),
+     {"path": {"z": torch.tensor([[0.0, 0.0, 0.0], [0.0, torch.nan, 0.0]])}}, ValueError,
+     r"path\['z'\] of sequence 1 at time 2 is nan, outside the support of Normal"),
+    (lambda: seq.ConditionalParticleFilter(Bounded(), 5), {"path": {"z": torch.tensor([[0.5, 0.2, 0.1], [0.9, 0.3, 0.1]])}},
+     ValueError, r"path\['z'\] of sequence 1 at time 2 is 0.3, outside the support of Uniform"),
+    (lambda: seq.ConditionalParticleFilter(TwoSites(), 5),
+     {"x": torch.zeros(2, 3, 3).double(), "path": {"level": torch.zeros(2, 3, 2), "rate": -torch.ones(2, 3)}}, ValueError,
+     r"path\['rate'\] of sequence 0 at time 1 is -1, outside the support of Gamma"),
+    *((lambda make=make, ancestor_sampling=ancestor_sampling: make(ancestor_sampling), {"path": {"k": path}}, ValueError,
+       rf"path\['k'\] of sequence 1 at time 2 is {found}, outside the support of Categorical")
+      for make in (lambda sampled: seq.ConditionalParticleFilter(HiddenMarkov(3), 5, ancestor_sampling=sampled),
+                   lambda sampled: (lambda m: seq.ConditionalParticleFilter(m, 5, guide=Chain(m), ancestor_sampling=sampled))(
+                       HiddenMarkov(3)))
+      for ancestor_sampling in (False, True)
+      for path, found in ((torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.7, 2.0]]), "1.7"),
+                          (torch.tensor([[0, 1, 2], [0, 7, 2]]), "7"), (torch.tensor([[0, 1, 2], [0, -1, 2]]), "-1"))),
 ])
 def test_mistakes(make, arguments, error, message):
     with pytest.raises(error, match=message):

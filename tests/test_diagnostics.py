@@ -161,6 +161,13 @@ def test_table_is_that_of_the_run():
     assert len(several) == 57
 
 
+def test_one_particle_has_no_tail():
+    posterior = seq.ParticleFilter(LocalLevel(0.0, 1.0, 0.5, 0.5), 1, history=True).run(torch.randn(2, 4), [4, 2])
+    table = posterior.diagnostics()
+    assert len(table) == 6 and table["pareto_k"].isna().all() and (table["advice"] == "").all()
+    assert (table["ess"] == 1).all() and (table["distinct_ancestors"] == 1).all()
+
+
 def test_pareto_k_is_the_tails():
     """Of one step of importance sampling from N(0, 1) to N(0, s^2), with weights proportional to exp(c z^2), the tail index is
     2c: light below s = 1, without a variance beyond s^2 = 2."""

@@ -1651,8 +1651,90 @@ def quantile_without_history():
 
 @mistake(ValueError, "quantile|particles", "num_runs=1|one run")
 def quantile_of_several_runs():
-    posterior = seq.ParticleFilter(Level(), num_particles=5, num_runs=2, history=True).run(torch.randn(B, T))
-    posterior.quantile("z", 0.5)
+    seq.ParticleFilter(Level(), num_particles=5, num_runs=2).run(torch.randn(B, T)).quantile("z", 0.5)
+
+
+FILTERS = (seq.ParticleFilter, seq.AuxiliaryParticleFilter, seq.TwistedParticleFilter, seq.RaoBlackwellisedFilter)
+
+
+@mistake(ValueError, "history=True", "one run", "num_runs=2", "num_runs=1", ways=FILTERS)
+def history_of_several_runs(kind):
+    kind(Level(), num_particles=5, num_runs=2, history=True)
+
+
+def resampled_by(make):
+    def drawn(weights):
+        return make(weights)
+
+    seq.ParticleFilter(Level(), num_particles=5, ess_threshold=1.0, resampling=drawn).run(torch.randn(B, T))
+
+
+@mistake(ValueError, "resampling function drawn", "ancestor 5", "5 particles", "0 to 4")
+def resampling_that_counts_from_one():
+    resampled_by(lambda weights: seq.resampling.systematic(weights) + 1)
+
+
+@mistake(ValueError, "resampling function drawn", "ancestor -1", "0 to 4")
+def resampling_that_goes_below_zero():
+    resampled_by(lambda weights: torch.full(weights.shape, -1))
+
+
+@mistake(TypeError, "resampling function drawn", "float", r"\.long\(\)")
+def resampling_of_floats():
+    resampled_by(lambda weights: seq.resampling.systematic(weights).double())
+
+
+@mistake(TypeError, "resampling function drawn", "ndarray", "as_tensor")
+def resampling_by_numpy():
+    resampled_by(lambda weights: seq.resampling.systematic(weights).numpy())
+
+
+@mistake(ValueError, "resampling function drawn", r"\(4, 3\)", r"\(n, N\) = \(4, 5\)")
+def resampling_of_fewer():
+    resampled_by(lambda weights: seq.resampling.systematic(weights)[:, :3])
+
+
+SCHEMES = (seq.resampling.multinomial, seq.resampling.stratified, seq.resampling.systematic, seq.resampling.residual)
+
+
+@mistake(ValueError, "was given weights that are zero, all of them in row 1", "positive sum", ways=SCHEMES)
+def weights_of_zero(scheme):
+    scheme(torch.tensor([[0.5, 0.5], [0.0, 0.0]]))
+
+
+@mistake(ValueError, "was given weights that are NaN in row 0", ways=SCHEMES)
+def weights_of_nan(scheme):
+    scheme(torch.tensor([[0.5, torch.nan], [0.5, 0.5]]))
+
+
+@mistake(ValueError, "was given weights that are negative in row 0", "softmax", ways=SCHEMES)
+def weights_on_log_scale(scheme):
+    scheme(torch.tensor([[-0.5, -0.7], [-0.5, -0.5]]))
+
+
+@mistake(ValueError, "was given weights that are infinite in row 0", ways=SCHEMES)
+def weights_of_infinity(scheme):
+    scheme(torch.tensor([[torch.inf, 1.0]]))
+
+
+@mistake(ValueError, "was given weights of shape", r"\(2,\)", r"weights\[None\]", ways=SCHEMES)
+def weights_of_one_set(scheme):
+    scheme(torch.ones(2))
+
+
+@mistake(TypeError, "was given weights of dtype torch.int64", r"weights\.double\(\)", ways=SCHEMES)
+def weights_of_whole_numbers(scheme):
+    scheme(torch.tensor([[1, 2]]))
+
+
+@mistake(TypeError, "was given weights as a list", "tensor", ways=SCHEMES)
+def weights_in_a_list(scheme):
+    scheme([[0.5, 0.5]])
+
+
+@mistake(ValueError, "Metropolis was given weights that are zero")
+def weights_of_zero_for_metropolis():
+    seq.resampling.Metropolis()(torch.zeros(1, 3))
 
 
 @mistake(ValueError, "trajectories", "history=True")

@@ -6,7 +6,9 @@ The bound of 4.5 is passed with probability 7e-6 by one number that is right, 1e
 
 import contextlib
 import math
+import pickle
 import warnings
+from functools import partial, wraps
 from pathlib import Path
 
 import pyro
@@ -30,6 +32,7 @@ from pyro_seq.resampling import (
     Soft,
     StopGradient,
     multinomial,
+    named,
     residual,
     resolve,
     stratified,
@@ -258,7 +261,52 @@ def test_kinds():
     assert set(NAMES) - set(UNBIASED_NAMES) == {"metropolis", "optimal_transport"}
     for resampling in (Metropolis(5), Ancestral(Metropolis(5)), Soft(0.5, "metropolis"), StopGradient("metropolis")):
         assert seq.ParticleFilter(model, 5, resampling=resampling).run(SERIES).kind == BIASED
-    assert seq.ParticleFilter(model, 5, resampling=lambda w: systematic(w)).run(SERIES).kind == UNBIASED
+
+
+def of_ones_own(weights):
+    return systematic(weights)
+
+
+class Claimed:
+    def __init__(self, unbiased):
+        self.unbiased = unbiased
+
+    def __call__(self, weights):
+        return systematic(weights)
+
+
+def test_nobody_claims_for_a_function_of_the_users_that_it_is_unbiased():
+    model = LocalLevel(0.0, 1.0, 1.0, 0.5)
+    for resampling, kind in ((of_ones_own, "log of an estimate, unbiased if of_ones_own is"),
+                             (Soft(0.5, of_ones_own), "log of an estimate, unbiased if of_ones_own is"),
+                             (partial(systematic), "log of an estimate, unbiased if partial is"),
+                             (Claimed(True), UNBIASED), (Claimed(False), BIASED), (systematic, UNBIASED)):
+        assert seq.ParticleFilter(model, 5, resampling=resampling).run(SERIES).kind == kind
+    assert not StopGradient(of_ones_own).unbiased_gradient and StopGradient(Claimed(True)).unbiased_gradient
+
+
+@wraps(systematic)
+def all_from_the_second(weights):
+    return torch.ones_like(weights, dtype=torch.long)
+
+
+def test_a_wrapped_function_is_called_itself():
+    ancestors, _ = Ancestral(all_from_the_second)(Weights.of(torch.zeros(2, 3)), None)
+    assert (ancestors == 1).all()
+
+
+def test_filters_call_the_schemes_without_their_checks(monkeypatch):
+    monkeypatch.setattr("pyro_seq.resampling.checks.require_weights", lambda *_: 1 / 0)
+    monkeypatch.setattr("pyro_seq.resampling.metropolis.require_weights", lambda *_: 1 / 0)
+    for scheme in (*EXACT_SCHEMES.values(), Metropolis(5)):
+        Ancestral(scheme)(Weights.of(torch.zeros(2, 3)), None)
+        with pytest.raises(ZeroDivisionError):
+            scheme(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_resamplers_can_be_stored(name):
+    assert named(pickle.loads(pickle.dumps(resolve(name)))) == named(resolve(name))
 
 
 def added_bias(resampler, particles, copies):

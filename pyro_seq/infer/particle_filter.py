@@ -20,7 +20,7 @@ from pyro_seq.infer.smc.population import LookAhead, Population, require_thresho
 from pyro_seq.infer.smc.record import Record, values_of
 from pyro_seq.infer.smc.stream import ParticleStream
 from pyro_seq.module import require_count, require_guide, require_model
-from pyro_seq.resampling import Resampler, Scheme, resolve
+from pyro_seq.resampling import Resampler, Scheme, named, resolve
 from pyro_seq.sequences import Packed, Sequences
 
 __all__ = ["ParticleFilter"]
@@ -47,9 +47,10 @@ class ParticleFilter:
     :param float ess_threshold: 0 never resamples, 1 always does.
     :param resampling: a name of ``seq.resampling.NAMES``, a scheme, or a :class:`~pyro_seq.resampling.Resampler`.
     :param int num_runs: independent filters; their average is returned, and their spread is its standard error.
-    :param bool history: keep all particles and ancestors, ``T`` times the memory, for quantiles, trajectories and smoothed
-        moments. These two trace the ancestors of the last particles, of which few are left far from the end (``notes`` says
-        where): :class:`~pyro_seq.BackwardSampler` and :class:`~pyro_seq.FixedLagSmoother` do not have that flaw.
+    :param bool history: keep all particles and ancestors of one run, ``T`` times the memory, for quantiles, trajectories and
+        smoothed moments. The last two trace the ancestors of the last particles, of which few are left far from the end
+        (``notes`` says where): :class:`~pyro_seq.BackwardSampler` and :class:`~pyro_seq.FixedLagSmoother` do not have that
+        flaw.
     :param bool progress: show a progress bar.
 
     Source: Gordon, Salmond and Smith, *Novel approach to nonlinear/non-Gaussian Bayesian state estimation*, 1993;
@@ -82,6 +83,9 @@ class ParticleFilter:
         require_count("num_particles", num_particles, 1)
         require_count("num_runs", num_runs, 1)
         require_threshold(ess_threshold)
+        if history and num_runs > 1:
+            raise ValueError(f"history=True keeps the particles of one run, and num_runs={num_runs}: use num_runs=1 and more "
+                             "particles, or leave history out")
         if guide is not None:
             require_guide(guide, model, "ParticleFilter")
         self.resampler = resolve(resampling)
@@ -171,7 +175,7 @@ class ParticleFilter:
 
     def recorder(self, packed: Packed) -> Record:
         """What keeps of the steps what the answer is made of."""
-        return Record(packed, self.num_particles, self.measured, self.history and self.num_runs == 1)
+        return Record(packed, self.num_particles, self.measured, self.history)
 
     def _run(self, guide: Any, sequences: Sequences, parameters: dict[str, Tensor], watch: Stopwatch) -> Posterior:
         runs, batch, particles = self.num_runs, sequences.num_sequences, self.num_particles
@@ -207,7 +211,7 @@ class ParticleFilter:
                 runs, *(1,) * (center.dim() - 1))).square()))
         smoothed = {name: Moments(*moments) for name, moments in record.smoothed().items()} if runs == 1 else {}
         return Posterior(
-            method=self.described(population), kind=UNBIASED if self.resampler.unbiased else BIASED, log_evidence=mean,
+            method=self.described(population), kind=_kind(self.resampler), log_evidence=mean,
             standard_error=error, sequences=sequences, seconds=watch.seconds,
             num_samples=particles * runs, filtered=filtered, smoothed=smoothed,
             log_evidence_by_step=pooled.diff(dim=-1, prepend=torch.zeros_like(pooled[:, :1])), ess=pool(record.ess()),
@@ -215,3 +219,10 @@ class ParticleFilter:
             final_state=None if self.model.state_grows else record.final_state(share[..., -1]),
             paths=record.trajectories if record.history else None, cloud=record.quantile if record.history else None,
             model=self.model)
+
+
+def _kind(resampler: Resampler) -> str:
+    """What the log evidence is, of filters that resample so."""
+    if resampler.unbiased is None:
+        return f"log of an estimate, unbiased if {named(resampler.scheme)} is"
+    return UNBIASED if resampler.unbiased else BIASED

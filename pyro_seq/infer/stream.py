@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,7 +69,7 @@ class Stream:
         :param covariates: of this frame, ``(B, ...)`` each.
         :raises ValueError: if the frame is impossible; the stream is then as it was before.
         """
-        sequences = one_frame(x, mask, covariates)
+        sequences = one_frame(x, mask, covariates, self.time + 1)
         if self._log_probabilities is not None and sequences.num_sequences != len(self._log_probabilities):
             raise ValueError(f"the frame at time {self.time + 1} holds {sequences.num_sequences} sequences and the ones before "
                              f"{len(self._log_probabilities)}: a stream is fed one frame (B, ...) of the same sequences")
@@ -104,9 +105,19 @@ class Stream:
         return Filtered({name: support.marginal(probabilities, name) for name in support.values}, log_predictive)
 
 
-def one_frame(x: Any, mask: Any, covariates: Mapping[str, Any]) -> Sequences:
-    """One frame ``(B, ...)`` of every sequence, as sequences of length one."""
-    frames = {k: _one_step(v) for k, v in x.items()} if isinstance(x, Mapping) else _one_step(x)
+def one_frame(x: Any, mask: Any, covariates: Mapping[str, Any], time: int) -> Sequences:
+    """One frame ``(B, ...)`` of every sequence, as sequences of length one.
+
+    :param time: of the frame, for errors.
+    """
+    if x is None or isinstance(x, Mapping) and not x:
+        raise ValueError(f"the frame at time {time} holds no data: pass x, NaN or mask= where it is missing")
+    frames = {k: _one_step(v) for k, v in (x if isinstance(x, Mapping) else {"x": x}).items()}
+    for name, value in frames.items():  # Sequences, which looks too, counts from this frame
+        if isinstance(value, Tensor) and value.is_floating_point() and value.isinf().any():
+            sequence = int(value.isinf().nonzero()[0, 0])
+            raise ValueError(f"{name!r} is infinite in sequence {sequence} at time {time}: data must be finite; mark missing "
+                             "values with NaN or mask=")
     if isinstance(mask, Mapping):
         mask = {k: _one_step(v) for k, v in mask.items()}
     elif mask is not None:
@@ -114,9 +125,9 @@ def one_frame(x: Any, mask: Any, covariates: Mapping[str, Any]) -> Sequences:
     return Sequences.of(frames, mask=mask, covariates={k: _one_step(v) for k, v in covariates.items()})
 
 
-def _one_step(value: Any) -> Tensor:
-    value = value if isinstance(value, Tensor) else torch.as_tensor(value)
-    if value.dim() == 0:
+def _one_step(value: Any) -> Tensor | np.ndarray:
+    value = value if isinstance(value, Tensor) else np.asarray(value)
+    if value.ndim == 0:
         raise ValueError("a frame is a single number, and a stream is fed (B, ...), one entry a sequence: use x[None]")
     return value[:, None]
 

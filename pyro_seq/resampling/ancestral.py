@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_seq.engine.state import State
 from pyro_seq.engine.weights import Weights
 from pyro_seq.resampling.base import Resampler
+from pyro_seq.resampling.checks import ancestors_of
 from pyro_seq.resampling.inversion import multinomial, residual, stratified, systematic
 from pyro_seq.resampling.metropolis import Metropolis
 
@@ -18,7 +19,8 @@ __all__ = ["SCHEMES", "Ancestral", "Scheme", "Soft", "StopGradient"]
 
 Scheme = Callable[[Tensor], Tensor]
 """From probabilities ``(n, N)`` of sum one to ancestors ``(n, N)``, of which each particle is ``N`` times its probability on
-average; or nearly, if the scheme has an attribute ``unbiased = False``."""
+average; or nearly, if the scheme has an attribute ``unbiased = False``. A function of one's own that is unbiased says so by
+``unbiased = True``; where it says nothing, evidence estimates are called unbiased on that condition."""
 
 SCHEMES: dict[str, Scheme] = {
     "multinomial": multinomial, "stratified": stratified, "systematic": systematic, "residual": residual,
@@ -43,14 +45,14 @@ class Ancestral(Resampler):
 
     def __init__(self, scheme: str | Scheme = "systematic"):
         self.scheme = find_scheme(scheme)
-        self.unbiased = getattr(self.scheme, "unbiased", True)
+        self.unbiased = getattr(self.scheme, "unbiased", None)
 
     def __call__(self, weights: Weights, state: State, look_ahead: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_chances = self.log_chances(weights, look_ahead)
         if log_chances is None:
-            return self.scheme(weights.normalised.detach()), torch.zeros_like(weights.log)
+            return ancestors_of(self.scheme, weights.normalised.detach()), torch.zeros_like(weights.log)
         # Weights make up for how much likelier the ancestors should have been.
-        ancestors = self.scheme(log_chances.detach().exp())
+        ancestors = ancestors_of(self.scheme, log_chances.detach().exp())
         chances = log_chances.gather(-1, ancestors)
         log_normalised = weights.log - weights.log_mean[:, None] - math.log(ancestors.shape[-1])
         # A biased scheme can be left with a particle that had no chance, for which no weight makes up.
@@ -121,7 +123,7 @@ class StopGradient(Ancestral):
 
     def __init__(self, scheme: str | Scheme = "systematic"):
         super().__init__(scheme)
-        self.unbiased_gradient = self.unbiased
+        self.unbiased_gradient = bool(self.unbiased)
 
     def log_chances(self, weights: Weights, look_ahead: Tensor | None = None) -> Tensor:
         return (weights.log.log_softmax(-1) if look_ahead is None else _favoured(weights, look_ahead)).detach()

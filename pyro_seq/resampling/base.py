@@ -21,8 +21,9 @@ class Resampler(ABC):
     ``(n, N)``, of mean weight one in expectation.
     """
 
-    unbiased: bool = True
-    """Whether evidence estimates stay unbiased for any number of particles."""
+    unbiased: bool | None = True
+    """Whether evidence estimates stay unbiased for any number of particles; ``None`` where that depends on a function of the
+    user's that does not say."""
     differentiable: bool = False
     """Whether gradients of what comes after reach the weights."""
     unbiased_gradient: bool = False

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from pyro_seq.resampling.base import draw_uniform
+from pyro_seq.resampling.checks import of_weights
 
 __all__ = ["multinomial", "residual", "stratified", "systematic"]
 
 
+@of_weights
 def multinomial(weights: Tensor) -> Tensor:
     """Multinomial resampling: ``N`` independent choices.
 
@@ -40,6 +42,7 @@ def multinomial(weights: Tensor) -> Tensor:
     return _ancestors(_below(weights.cumsum(-1, dtype=torch.float64), count, weights))
 
 
+@of_weights
 def stratified(weights: Tensor) -> Tensor:
     """Stratified resampling: one choice in each of ``N`` equal parts of the cumulative weights.
 
@@ -64,6 +67,7 @@ def stratified(weights: Tensor) -> Tensor:
     return _ancestors(stratum + (within < edges - stratum))
 
 
+@of_weights
 def systematic(weights: Tensor, uniform: Tensor | None = None) -> Tensor:
     """Systematic resampling, one uniform number a sequence.
 
@@ -92,6 +96,7 @@ def systematic(weights: Tensor, uniform: Tensor | None = None) -> Tensor:
     return _ancestors(edges.long())
 
 
+@of_weights
 def residual(weights: Tensor) -> Tensor:
     """Residual resampling: ``floor(N * weight / sum)`` copies of each particle, the remaining choices independent.
 

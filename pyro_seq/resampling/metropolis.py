@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pyro_seq.module import require_count
 from pyro_seq.resampling.base import draw_uniform
+from pyro_seq.resampling.checks import require_weights
 
 __all__ = ["Metropolis"]
 
@@ -42,6 +43,11 @@ class Metropolis:
         :param weights: ``(n, N)`` non-negative, of any positive sum.
         :returns: ``(n, N)`` ancestors.
         """
+        require_weights("Metropolis", weights)
+        return self.unchecked(weights)
+
+    def unchecked(self, weights: Tensor) -> Tensor:
+        """The same of weights that are known to be sound."""
         n, particles = weights.shape
         chosen = torch.arange(particles, device=weights.device).expand(n, particles)
         weight = weights

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
+from pyro_seq.engine.gaussian import innermost
 from pyro_seq.engine.loop import Step, forward
 from pyro_seq.engine.sites import GuideSites, Proposal, StepSites, draw
 from pyro_seq.engine.state import State, leaves
@@ -105,7 +108,8 @@ class ConditionalParticleFilter:
         model.check_inputs(sequences)
         if sequences.has_missing and model.missing_feeds_state:
             raise ValueError(f"{type(model).__name__} draws missing data, which its state may read, so that a path of its "
-                             "latents does not say what the state was: fill the gaps, or declare a StateSpaceModel")
+                             "latents does not say what the state was: fill the gaps, or declare a StateSpaceModel; if the "
+                             "state reads no data, say so by missing_feeds_state = False in the class")
         packed = sequences.packed
         kept = _Path(path, packed, particles)
         population = _Conditional(model, kept, _SCHEMES[self.resampling], self.ancestor_sampling)
@@ -121,7 +125,7 @@ class ConditionalParticleFilter:
             method="conditional particle filter", kind=CONDITIONAL, log_evidence=by_step.sum(1),
             standard_error=torch.full_like(by_step[:, 0], torch.nan), sequences=sequences, seconds=watch.seconds,
             num_samples=particles, filtered={name: Moments(*moments) for name, moments in record.moments().items()},
-            log_evidence_by_step=by_step, ess=record.ess(), parameters=parameters,
+            log_evidence_by_step=by_step, ess=record.ess(), parameters=parameters, particles=record,
             final_state=record.final_state(torch.ones_like(by_step[None, :, 0])), paths=record.trajectories,
             cloud=record.quantile, model=model)
 
@@ -133,14 +137,17 @@ class _Path:
         if not isinstance(path, Mapping):
             raise TypeError(f"path is a {type(path).__name__}; it is a dict of tensors (B, T, ...) by latent site, such as "
                             "{name: value[0] for name, value in posterior.trajectories(1).samples.items()}")
-        self.particles, self.values = particles, {}
+        self.particles = particles
+        self.values: dict[str, Tensor] = {}
+        self.types: dict[str, torch.dtype] = {}
         expected = (packed.sequences.num_sequences, packed.sequences.num_steps)
         for name, value in path.items():
-            shape = tuple(value.shape) if isinstance(value, Tensor) else ()
+            value = _as_tensor(name, value)
+            shape = tuple(value.shape)
             if len(shape) < 2 or shape[0] != expected[0] or shape[1] < expected[1]:
                 raise ValueError(f"path[{name!r}] has shape {shape}; of this data it is (B, T, ...) = "
                                  f"({expected[0]}, {expected[1]}, ...)")
-            self.values[name] = packed.sort(value)
+            self.values[name] = packed.sort(value.to(packed.sequences.device))
 
     def at(self, name: str, frame: Frame) -> Tensor:
         """``(n, ...)``"""
@@ -148,15 +155,33 @@ class _Path:
             raise ValueError(f"path does not hold the latent site {name!r}; it holds {sorted(self.values)}")
         return self.values[name][:frame.rows // self.particles, frame.t - 1]
 
-    def put(self, name: str, value: Tensor, frame: Frame) -> Tensor:
-        """Rows ``(n * N, ...)`` with those of particle 0 on the path."""
+    def put(self, name: str, fn: Distribution, value: Tensor, frame: Frame) -> Tensor:
+        """Rows ``(n * N, ...)`` of a site with those of particle 0 on the path.
+
+        :param fn: what the site is drawn from.
+        """
         given = self.at(name, frame)
         if given.shape[1:] != value.shape[1:]:
             raise ValueError(f"path[{name!r}] has shape {tuple(self.values[name].shape)}, but site {name!r} has entries of "
                              f"shape {tuple(value.shape[1:])}: it is (B, T, {', '.join(map(str, value.shape[1:]))})")
-        value = value.clone()
+        self.types[name] = value.dtype
+        value = value.to(torch.promote_types(value.dtype, given.dtype), copy=True)
         value[::self.particles] = given.to(value)
-        return value
+        return self._of_site(name, fn, value, frame)
+
+    def everywhere(self, name: str, fn: Distribution, frame: Frame) -> Tensor:
+        """Rows ``(n * N, ...)`` of a site, all on the path."""
+        return self._of_site(name, fn, repeat_rows(self.at(name, frame), self.particles), frame)
+
+    def _of_site(self, name: str, fn: Distribution, value: Tensor, frame: Frame) -> Tensor:
+        """As the type that the site has, once what particle 0 is given is known to be one of its values."""
+        inside = fn.support.check(value).reshape(len(value), -1)[::self.particles].all(-1)
+        if not bool(inside.all()):
+            row = int((~inside).nonzero()[0]) * self.particles
+            found = f"{value[row].item():g}" if value.dim() == 1 else f"of shape {tuple(value.shape[1:])}"
+            raise ValueError(f"path[{name!r}] of sequence {int(frame.sequence[row])} at time {frame.t} is {found}, outside the "
+                             f"support of {type(innermost(fn)).__name__}: give a path that the model can draw")
+        return value.to(self.types[name])
 
     def check(self, step: Step) -> None:
         """Raise if the path is not one of the model's."""
@@ -181,11 +206,12 @@ class _AlongPath:
 
     def propose(self, state: State, frame: Frame, encoding: Any) -> Proposal:
         inner = self.guide.propose(state, frame, encoding, GuideSites(
-            frame, lambda name, fn: (None, self.path.put(name, draw(fn, name, frame), frame))))
+            frame, lambda name, fn: (None, self.path.put(name, fn, draw(fn, name, frame), frame))))
 
         def proposal(name: str, prior: Any) -> tuple[Any, Tensor]:
             q, value = inner(name, prior)
-            return q, self.path.put(name, draw(prior if q is None else q, name, frame) if value is None else value, frame)
+            value = draw(prior if q is None else q, name, frame) if value is None else value
+            return q, self.path.put(name, prior, value, frame)
 
         if hasattr(inner, "check_all_used"):
             proposal.check_all_used = inner.check_all_used
@@ -210,10 +236,9 @@ class _Conditional(Population):
         """``(n,)`` draws of the particle that the path goes on from, with chances as its weight times the density of the path's
         next step from there."""
         n, particles = weights.log.shape
-        values = {name: repeat_rows(self.path.at(name, frame), particles) for name in self.path.values}
         # Unchecked: from most particles the path may be out of reach.
         with pyro.settings.context(validate_distributions_torch=False):
-            with StepSites(frame, values=values) as step:
+            with StepSites(frame, lambda name, p: (None, self.path.everywhere(name, p, frame))) as step:
                 after = self.model.apply(state, frame)
             log_p = sum(site.log_p() for site in step.sites.values()).reshape(n, particles)
         self._require_forgetful(after, weights, frame)
@@ -234,6 +259,16 @@ class _Conditional(Population):
                 raise ValueError(f"the state of {type(self.model).__name__} after time {frame.t} is no function of that step's "
                                  f"latents {sorted(self.path.values)}: it carries more of the past, and to let the rest of a "
                                  "path descend from another particle would change it. Use ancestor_sampling=False")
+
+
+def _as_tensor(name: str, value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    try:
+        return torch.from_numpy(np.array(value))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"path[{name!r}] is a {type(value).__name__} that is no array of numbers: it is a tensor (B, T, ...)"
+                        ) from error
 
 
 def conditional_multinomial(weights: Tensor, kept: Tensor) -> Tensor:
@@ -269,7 +304,7 @@ def conditional_systematic(weights: Tensor, kept: Tensor) -> Tensor:
     rest = expected - whole
     place, side = draw_uniform((2, n), chances)
     uniform = torch.where(side * expected < rest * (whole + 1), place * rest, rest + place * (1 - rest))
-    slots = systematic(chances, uniform)
+    slots = systematic.unchecked(chances, uniform)
     order = draw_uniform((n, particles - 1), chances).argsort(-1)
     slots = torch.cat([torch.zeros_like(slots[:, :1]), slots[:, 1:].gather(1, order)], 1)
     return (slots + kept[:, None]) % particles

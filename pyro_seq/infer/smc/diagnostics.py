@@ -115,6 +115,8 @@ def _advice(frame: pd.DataFrame, particles: int, by_ancestors: bool) -> list[str
 def _pareto_k(record: Record) -> Tensor:
     """``(B, T)`` shape of the generalised Pareto distribution of the largest weights; NaN where it has none, since too few
     weights differ."""
+    if record.particles == 1:
+        return torch.full_like(record.ess(), math.nan)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of arviz, that it is about to be another library, and of ties among the weights
         import arviz

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import namedtuple
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,14 +10,16 @@ from torch import Tensor
 
 from pyro_seq.engine.loop import Checked, advance, same_latents
 from pyro_seq.engine.sites import check_support
-from pyro_seq.engine.state import State, leaves, map_state
+from pyro_seq.engine.state import State, map_state
 from pyro_seq.engine.weights import Weights
 from pyro_seq.guide import PriorGuide
 from pyro_seq.infer.posterior import Draws, Moments, draw_future
 from pyro_seq.infer.run import entered, refuse_scaled
 from pyro_seq.infer.smc.record import Record
+from pyro_seq.infer.smc.snapshot import read_snapshot, to_plain
 from pyro_seq.infer.stream import one_frame
 from pyro_seq.module import own_parameters, require_count
+from pyro_seq.resampling import named
 from pyro_seq.sequences import Sequences, repeat_rows
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 __all__ = ["FilteredParticles", "ParticleStream"]
 
 _FORMAT = "pyro_seq particle stream 1"
+_HELD = frozenset(("model", "guide", "num_particles", "time", "log_weights", "log_evidence", "state", "carry", "parameters",
+                   "latents", "inputs", "generators"))
+"""What every snapshot of this format holds."""
 
 
 class FilteredParticles(NamedTuple):
@@ -104,6 +108,7 @@ class ParticleStream:
         self._carry: State = None
         self._latents: set[str] | None = None
         self._inputs: dict[str, list[int]] = {}
+        self._types: dict[str, str] = {}
         self._checks = Checked()
 
     def update(self, x: Any, *, mask: Any = None, **covariates: Any) -> FilteredParticles:
@@ -116,7 +121,7 @@ class ParticleStream:
         :raises ValueError: if the frame is impossible, or not like the ones before; the stream, and torch's generators, are
             then as they were.
         """
-        sequences = one_frame({} if x is None else x, mask, covariates)
+        sequences = one_frame(x, mask, covariates, self.time + 1)
         if self.time:
             self._require_like_before(sequences)
         model, guide = self.method.model, self.guide
@@ -161,44 +166,51 @@ class ParticleStream:
 
         device = torch.device("cpu") if self._log_weights is None else self._log_weights.device
         return {
-            "format": _FORMAT, "model": type(self.method.model).__name__, "guide": type(self.guide).__name__,
-            "num_particles": self.method.num_particles, "time": self.time, "log_weights": copy(self._log_weights),
-            "log_evidence": copy(self.log_evidence), "state": _to_plain(self._state), "carry": _to_plain(self._carry),
+            "format": _FORMAT, **self._settings(), "time": self.time, "log_weights": copy(self._log_weights),
+            "log_evidence": copy(self.log_evidence), "state": to_plain(self._state), "carry": to_plain(self._carry),
             "parameters": {name: copy(value) for name, value in self.parameters.items()},
             "latents": None if self._latents is None else sorted(self._latents), "inputs": dict(self._inputs),
-            "generators": _generators(device)}
+            "types": dict(self._types), "generators": _generators(device)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a snapshot of a stream of the same model, guide and number of particles; torch's generators are set.
+        """Go on from a snapshot of a stream of the same model and guide, filtered in the same way; torch's generators are set.
 
-        :raises ValueError: if it is no such snapshot; the stream is then as it was.
+        :raises ValueError: if it is no such snapshot, or damaged: what it holds is checked and, on a CPU, compared with two
+            steps of the model run without data. The stream is then as it was.
         """
         found = dict(state_dict) if isinstance(state_dict, Mapping) else {}
         if found.get("format") != _FORMAT:
             raise ValueError(f"this is no snapshot of a particle stream (format {found.get('format')!r}, not {_FORMAT!r}): "
                              "load what ParticleStream.state_dict returned")
-        if lacking := sorted(set(self.state_dict()) - set(found)):
+        if lacking := sorted(_HELD - set(found)):
             raise ValueError(f"the snapshot is damaged: it lacks {lacking}")
-        ours = {"model": type(self.method.model).__name__, "guide": type(self.guide).__name__,
-                "num_particles": self.method.num_particles}
-        for what, value in ours.items():
-            if found[what] != value:
+        for what, value in self._settings().items():
+            if what in found and (type(found[what]) is not type(value) or found[what] != value):  # early ones tell of fewer
                 raise ValueError(f"the snapshot is of a stream with {what} {found[what]!r}, and this one has {value!r}: make "
                                  "the ParticleFilter as it was")
         try:
-            state, carry = _of_plain(found["state"]), _of_plain(found["carry"])
-            time, log_weights, log_evidence = found["time"], found["log_weights"], found["log_evidence"]
-            _require_sound(time, log_weights, log_evidence, state, carry, found["generators"], self.method.num_particles)
-            parameters = {str(name): value.clone() for name, value in found["parameters"].items()}
-            inputs = {str(name): [int(n) for n in shape] for name, shape in found["inputs"].items()}
-            latents = None if found["latents"] is None else set(found["latents"])
-            _set_generators(found["generators"], torch.device("cpu") if log_weights is None else log_weights.device)
+            sound = read_snapshot(found, self.method.model, self.guide, self.method.num_particles)
+            device = torch.device("cpu") if sound.log_weights is None else sound.log_weights.device
+            before = _generators(device)
+            try:
+                _set_generators(sound.generators, device)
+            except BaseException:
+                _set_generators(before, device)
+                raise
         except (TypeError, KeyError, IndexError, AttributeError, RuntimeError, ValueError) as error:
             raise ValueError(f"the snapshot is damaged: {error}") from error
-        self.time, self.parameters, self._inputs, self._latents = time, parameters, inputs, latents
-        self._log_weights, self.log_evidence = log_weights, log_evidence
-        self._state, self._carry = state, carry
-        self._checks.entered = time
+        self.time, self.parameters, self._latents = sound.time, sound.parameters, sound.latents
+        self._inputs, self._types = sound.inputs, sound.types
+        self._log_weights, self.log_evidence = sound.log_weights, sound.log_evidence
+        self._state, self._carry = sound.state, sound.carry
+        self._checks.entered = sound.time
+
+    def _settings(self) -> dict[str, Any]:
+        """What makes a stream another one."""
+        method = self.method
+        return {"filter": type(method).__name__, "model": type(method.model).__name__, "guide": type(self.guide).__name__,
+                "num_particles": method.num_particles, "ess_threshold": float(method.ess_threshold),
+                "resampling": named(method.resampler)}
 
     def _update(self, sequences: Sequences, parameters: dict[str, Tensor]) -> FilteredParticles:
         method, t = self.method, self.time + 1
@@ -226,15 +238,13 @@ class ParticleStream:
         self.time, self.parameters, self._latents, self._carry = t, parameters, latents, carry
         self._log_weights, self._state = step.log_weights, step.state
         self.log_evidence = factor if self.log_evidence is None else self.log_evidence + factor
-        self._inputs = _shapes(sequences)
+        self._inputs, self._types = _shapes(sequences), _types(sequences) | _floating(self._types)
         drawn = {name: site.value.unflatten(0, (-1, particles)) for name, site in step.sites.items() if not site.observed}
         return FilteredParticles(moments, weights.ess, factor, drawn, weights.normalised)
 
     def _require_like_before(self, sequences: Sequences) -> None:
         where = f"the frame at time {self.time + 1}"
         batch = len(self._log_weights)
-        if not sequences.x:
-            raise ValueError(f"{where} holds no data: pass x, NaN or mask= where it is missing")
         if sequences.num_sequences != batch:
             raise ValueError(f"{where} holds {sequences.num_sequences} sequences and the ones before {batch}: a stream is fed "
                              "one frame (B, ...) of the same sequences")
@@ -245,10 +255,23 @@ class ParticleStream:
         if found != self._inputs:
             raise ValueError(f"{where} has data and covariates of shapes {_listed(found)}, and the ones before "
                              f"{_listed(self._inputs)}: a stream is fed the same at every time, NaN where data is missing")
+        before = _floating(self._types)
+        for name, found in _floating(_types(sequences)).items():
+            if found != before.get(name, found):
+                raise TypeError(f"{where} has {name!r} of type {found}, and the ones before of {before[name]}: convert it with "
+                                f".to(torch.{before[name]})")
 
 
 def _shapes(sequences: Sequences) -> dict[str, list[int]]:
     return {name: list(value.shape[2:]) for name, value in sorted({**sequences.x, **sequences.covariates}.items())}
+
+
+def _types(sequences: Sequences) -> dict[str, str]:
+    return {name: str(value.dtype).removeprefix("torch.") for name, value in {**sequences.x, **sequences.covariates}.items()}
+
+
+def _floating(types: Mapping[str, str]) -> dict[str, str]:
+    return {name: kind for name, kind in types.items() if "float" in kind}
 
 
 def _listed(shapes: dict[str, list[int]]) -> str:
@@ -267,50 +290,3 @@ def _set_generators(states: Mapping[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(states["cpu"].cpu())
     if "cuda" in states and device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"].cpu(), device)
-
-
-def _to_plain(state: State) -> Any:
-    """A state as tensors in lists and dicts, which can be loaded with ``weights_only``."""
-    if state is None:
-        return None
-    if isinstance(state, Tensor):
-        return state.detach().clone()
-    if isinstance(state, Mapping):
-        return {"kind": "dict", "names": list(state), "parts": [_to_plain(part) for part in state.values()]}
-    parts = [_to_plain(part) for part in state]
-    if hasattr(state, "_fields"):
-        return {"kind": type(state).__name__, "names": list(state._fields), "parts": parts}
-    return {"kind": type(state).__name__, "parts": parts}
-
-
-def _of_plain(plain: Any) -> State:
-    """The reverse; a named tuple comes back as one of its name and fields, until the next step makes the user's own."""
-    if plain is None:
-        return None
-    if isinstance(plain, Tensor):
-        return plain.clone()
-    kind, parts = plain["kind"], [_of_plain(part) for part in plain["parts"]]
-    if kind == "dict":
-        return dict(zip(plain["names"], parts, strict=True))
-    if "names" in plain:
-        return namedtuple(kind, plain["names"])(*parts)
-    return tuple(parts) if kind == "tuple" else parts
-
-
-def _require_sound(time: Any, log_weights: Any, log_evidence: Any, state: State, carry: State, generators: Any, particles: int
-                   ) -> None:
-    if not isinstance(time, int) or time < 0:
-        raise ValueError(f"time={time!r}; it is a count of frames")
-    if not isinstance(generators, Mapping) or "cpu" not in generators:
-        raise ValueError("generators holds no state of the CPU's generator")
-    if time == 0:
-        return
-    if log_weights.dim() != 2 or log_weights.shape[1] != particles or bool(log_weights.isnan().any()):
-        raise ValueError(f"log_weights has shape {tuple(log_weights.shape)}, or entries that are NaN; it is (B, {particles})")
-    batch = len(log_weights)
-    if log_evidence.shape != (batch,):
-        raise ValueError(f"log_evidence has shape {tuple(log_evidence.shape)}; it is ({batch},)")
-    if any(leaf.shape[:1] != (batch * particles,) for leaf in leaves(state)):
-        raise ValueError(f"the state has tensors of shapes {[tuple(leaf.shape) for leaf in leaves(state)]}; each has "
-                         f"{batch} * {particles} rows")
-    leaves(carry)

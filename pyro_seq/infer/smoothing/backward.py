@@ -66,13 +66,13 @@ class BackwardSampler(ParticleFilter):
 
     def __init__(self, model: Any, num_particles: int = 1000, *, num_trajectories: int = 500, method: str = "exact",
                  **options: Any):
+        if options.get("num_runs", 1) != 1:
+            raise ValueError(f"num_runs={options['num_runs']}: BackwardSampler draws backwards through one run; give it more "
+                             "particles")
         super().__init__(model, num_particles, history=True, **options)
         require_backward(model, method, "BackwardSampler")
         require_count("num_particles", num_particles, 2)
         require_count("num_trajectories", num_trajectories, 1)
-        if self.num_runs != 1:
-            raise ValueError(f"num_runs={self.num_runs}: BackwardSampler draws backwards through one run; give it more "
-                             "particles")
         self.num_trajectories, self.method = num_trajectories, method
 
     def recorder(self, packed: Packed) -> Record:
