@@ -802,3 +802,20 @@ def test_arviz_has_no_numbers_past_the_end_of_a_sequence():
         found = posterior.to_arviz(20)
     for values in (found.posterior["z"].values[0, :, 1], found.observed_data["x"].values[1]):
         assert (pd.isna(values[..., 4:])).all() and (~pd.isna(values[..., :4])).all()
+
+
+def test_residuals_have_the_dates_of_their_data():
+    dates = pd.date_range("2020-01-01", periods=8)
+    series = pd.Series(range(8), index=dates, dtype=float)
+    series.iloc[3] = math.nan
+    for method in (seq.KalmanFilter(LocalLevel(0.0, 1.0, 0.5)), seq.ParticleFilter(LocalLevel(0.0, 1.0, 0.5), 20)):
+        table = method.run(series).residuals()
+        assert list(table["index"]) == list(dates.delete(3)) and "index" in table
+    assert "index" not in seq.KalmanFilter(LocalLevel(0.0, 1.0, 0.5)).run(torch.zeros(1, 4)).residuals()
+
+
+def test_a_backtest_says_at_which_origin_it_cannot_begin():
+    model = seq.models.LocalLinearTrend()
+    with pytest.raises(ValueError, match=r"method 'trend' at origin 1, .*does not identify the diffuse.*begin later, first="):
+        seq.backtest({"trend": seq.KalmanFilter(model)}, torch.randn(1, 12), horizon=2, first=1)
+    assert len(seq.backtest({"trend": seq.KalmanFilter(model)}, torch.randn(1, 12), horizon=2, first=4))

@@ -164,7 +164,7 @@ def backtest(methods: Mapping[str, Any], x: Any, lengths: Any = None, *, horizon
                     method = _fitted(name, given, sequences.until(origin))
                 index = (sequences.lengths >= origin + horizon).nonzero()[:, 0]
                 some = sequences.select(index).until(origin + horizon)
-                posterior = method.run(some.until(origin))
+                posterior = _known(name, method, some.until(origin), origin)
                 draws = posterior.predict(horizon, num_samples, **{k: v[:, origin:] for k, v in some.covariates.items()})
                 if actual is None:
                     actual = _actual(posterior, sequences, draws)
@@ -174,6 +174,14 @@ def backtest(methods: Mapping[str, Any], x: Any, lengths: Any = None, *, horizon
                     "method": name, "origin": origin, "sequence": index.cpu().numpy()}, scores)
                 bar.update()
     return Backtest(pd.concat(parts, ignore_index=True))
+
+
+def _known(name: str, method: Any, sequences: Sequences, origin: int) -> Posterior:
+    try:
+        return method.run(sequences)
+    except ValueError as error:
+        raise ValueError(f"method {name!r} at origin {origin}, of the {len(sequences.lengths)} sequences that have that many "
+                         f"frames and the horizon: {error}. If it needs more of them, begin later, first=...") from error
 
 
 def _fitted(name: str, fit: Any, known: Sequences) -> Any:

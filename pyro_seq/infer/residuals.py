@@ -27,10 +27,10 @@ __all__ = ["Residuals", "one_step_ahead"]
 class Residuals(pd.DataFrame):
     """A row a sequence, time, site and entry that was observed.
 
-    Columns: the ``actual`` value; ``mean`` and ``std`` of its predictive distribution given the frames before; ``residual``,
-    (actual - mean) / std; ``pit``, the probability integral transform of the actual value, uniform on (0, 1) if the model is
-    right (and independent over time); ``normal``, the same on the scale of a standard normal, which is the residual if the
-    predictive distribution is Gaussian.
+    Columns: the ``index`` of data that had one; the ``actual`` value; ``mean`` and ``std`` of its predictive distribution given
+    the frames before; ``residual``, (actual - mean) / std; ``pit``, the probability integral transform of the actual value,
+    uniform on (0, 1) if the model is right (and independent over time); ``normal``, the same on the scale of a standard normal,
+    which is the residual if the predictive distribution is Gaussian.
     """
 
     @property
@@ -124,7 +124,11 @@ def one_step_ahead(posterior: Posterior, num_particles: int = 2000) -> Residuals
     exact = table["pit"].isna()
     table.loc[exact, "normal"] = table.loc[exact, "residual"]
     table.loc[exact, "pit"] = stats.norm.cdf(table.loc[exact, "residual"])
-    return Residuals(table[["sequence", "time", "site", "entry", "actual", "mean", "std", "residual", "pit", "normal"]])
+    table = table[["sequence", "time", "site", "entry", "actual", "mean", "std", "residual", "pit", "normal"]]
+    if posterior.sequences.index:
+        labels = [posterior.sequences.labels(b, rows) for b, rows in table.groupby("sequence")["time"]]
+        table.insert(2, "index", np.concatenate(labels))
+    return Residuals(table)
 
 
 def _exact(posterior: Posterior) -> Iterator[pd.DataFrame]:

@@ -151,8 +151,8 @@ class Forward:
         factor, known = identified(self.at_last(self.diffuse[0]), self.carry.proper)
         if not known.all():
             raise ValueError(f"sequence {int((~known).nonzero()[0])} does not identify the diffuse (ImproperUniform) latents "
-                             "of the first step: it has too few observed frames for the number of their entries; give them a "
-                             "proper distribution")
+                             "of the first step: it has too few observed frames for the number of their entries, or no frame "
+                             "depends on one of them; give them a proper distribution")
         return self.diffuse_mean(self.means)[:, 0], factor
 
     def diffuse_mean(self, means: Means) -> Tensor:
