@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from pyro_seq.engine.sites import Proposal
 from pyro_seq.engine.state import State
@@ -15,7 +14,7 @@ from pyro_seq.guides.network import CELLS, BySite, Head, NetworkGuide
 from pyro_seq.module import require_count
 from pyro_seq.sequences import Frame, Sequences
 
-__all__ = ["FilteringGuide", "SmoothingGuide"]
+__all__ = ["FilteringGuide", "SmoothingGuide", "backward_rnn"]
 
 
 class FilteringGuide(NetworkGuide):
@@ -52,8 +51,6 @@ class FilteringGuide(NetworkGuide):
         Gamma(concentration: torch.Size([4]), rate: torch.Size([4]))
     """
 
-    bidirectional = False
-
     def __init__(self, model: Any, *, like: Any = None, hidden: int = 64, cell: str | None = "gru",
                  residual: bool = True, encoder: nn.Module | None = None, global_guide: Any = None,
                  name: str | None = None):
@@ -63,10 +60,10 @@ class FilteringGuide(NetworkGuide):
             raise ValueError(f"cell={cell!r}; it is one of {sorted(CELLS)}, or None to read the current frame alone")
         self.residual = self.reads_prior = residual
         # The current frame goes round the recurrence as well, so that a linear filter is exactly in reach.
-        encoded = self.frame_width + (0 if cell is None else hidden * (2 if self.bidirectional else 1))
+        encoded = self.frame_width + (0 if cell is None else hidden * (2 if self.reads_future else 1))
         with self.device:
-            self.rnn = None if cell is None else CELLS[cell](
-                self.frame_width, hidden, batch_first=True, bidirectional=self.bidirectional)
+            self.rnn = None if cell is None else CELLS[cell](self.frame_width, hidden, batch_first=True)
+            self.rnn_back = CELLS[cell](self.frame_width, hidden, batch_first=True) if cell and self.reads_future else None
             self.heads = BySite({
                 site: Head(encoded, self.state_width + (family.width if residual else 0), hidden,
                            family.width * (2 if residual else 1))
@@ -127,10 +124,22 @@ class SmoothingGuide(FilteringGuide):
         []
     """
 
-    bidirectional = True
     reads_future = True
 
     def _encode(self, frames: Tensor, lengths: Tensor, carry: State) -> tuple[Tensor, State]:
-        # Packed, so that the backward pass starts at each sequence's own end.
-        packed = pack_padded_sequence(frames, lengths.cpu(), batch_first=True, enforce_sorted=False)
-        return pad_packed_sequence(self.rnn(packed)[0], batch_first=True, total_length=frames.shape[1])[0], None
+        return torch.cat([self.rnn(frames)[0], backward_rnn(self.rnn_back, frames, lengths)], -1), None
+
+
+def backward_rnn(rnn: nn.RNNBase, inputs: Tensor, lengths: Tensor) -> Tensor:
+    """Run a one-way recurrent network backward in time, from each sequence's own end.
+
+    A packed sequence would do the same, but torch's backward pass through one takes time by the square of T.
+
+    :param inputs: ``(B, T, width)``.
+    :param lengths: ``(B,)``.
+    :returns: ``(B, T, hidden)``; what it holds past a sequence's end is not used.
+    """
+    steps = torch.arange(inputs.shape[1], device=inputs.device)
+    index = (lengths[:, None] - 1 - steps).clamp(min=0)[..., None]
+    reverse = rnn(inputs.take_along_dim(index, 1))[0]
+    return reverse.take_along_dim(index, 1)

@@ -45,6 +45,8 @@ class Recurrence(nn.Module):
     def forward(self, state: tuple[Tensor, ...], inputs: Tensor, lengths: Tensor | None = None
                 ) -> tuple[Tensor, tuple[Tensor, ...]]:
         before = tuple(leaf.transpose(0, 1).contiguous() for leaf in state)
+        if lengths is not None and bool((lengths == inputs.shape[1]).all()):
+            lengths = None  # packed sequences are slow: torch's backward pass through them takes time by the square of T
         given = inputs if lengths is None else nn.utils.rnn.pack_padded_sequence(
             inputs, lengths.cpu(), batch_first=True, enforce_sorted=False)
         out, after = self.rnn(given, before if len(before) > 1 else before[0])

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pyro_seq.guide import SequentialGuide
+from pyro_seq.guides.recurrent import backward_rnn
 from pyro_seq.model import SequentialModel, StateSpaceModel
-from pyro_seq.models.layers import Emission, Framed, GatedResidual, NormalHead, backward_rnn, mlp, require_sizes
+from pyro_seq.models.layers import Emission, Framed, GatedResidual, NormalHead, mlp, require_sizes
 from pyro_seq.sequences import Sequences
 
 __all__ = ["AugmentedDeepMarkovModel", "DeepMarkovModel", "StructuredInference"]

@@ -12,7 +12,7 @@ from torch.nn.functional import softplus
 from pyro_seq.module import require_count
 from pyro_seq.sequences import Sequences
 
-__all__ = ["Emission", "Framed", "GatedResidual", "NormalHead", "backward_rnn", "match_marginals", "mlp",
+__all__ = ["Emission", "Framed", "GatedResidual", "NormalHead", "match_marginals", "mlp",
            "require_sizes"]
 
 
@@ -135,16 +135,3 @@ def match_marginals(model: Any, data: Any) -> None:
         square = torch.where(present, frames - mean, 0.0).square().sum(0) / count.clamp(min=1)
         scale = square.sqrt().clamp(min=1e-3)
         bias.copy_(torch.cat([mean, scale + (-(-scale).expm1()).log()]))  # the inverse of softplus
-
-
-def backward_rnn(rnn: nn.RNNBase, inputs: Tensor, lengths: Tensor) -> Tensor:
-    """Run a one-way recurrent network backward in time, from each sequence's own end.
-
-    :param inputs: ``(B, T, width)``.
-    :param lengths: ``(B,)``.
-    :returns: ``(B, T, hidden)``; what it holds past a sequence's end is not used.
-    """
-    steps = torch.arange(inputs.shape[1], device=inputs.device)
-    index = (lengths[:, None] - 1 - steps).clamp(min=0)[..., None]
-    reverse = rnn(inputs.take_along_dim(index, 1))[0]
-    return reverse.take_along_dim(index, 1)

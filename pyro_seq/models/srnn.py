@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pyro_seq.guide import SequentialGuide
+from pyro_seq.guides.recurrent import backward_rnn
 from pyro_seq.model import SequentialModel
-from pyro_seq.models.layers import Emission, Framed, NormalHead, backward_rnn, mlp, require_sizes
+from pyro_seq.models.layers import Emission, Framed, NormalHead, mlp, require_sizes
 
 __all__ = ["SRNN", "SRNNInference"]
 
