@@ -819,3 +819,19 @@ def test_a_backtest_says_at_which_origin_it_cannot_begin():
     with pytest.raises(ValueError, match=r"method 'trend' at origin 1, .*does not identify the diffuse.*begin later, first="):
         seq.backtest({"trend": seq.KalmanFilter(model)}, torch.randn(1, 12), horizon=2, first=1)
     assert len(seq.backtest({"trend": seq.KalmanFilter(model)}, torch.randn(1, 12), horizon=2, first=4))
+
+
+def test_a_stream_is_tested_where_it_is():
+    class Rises(LocalLevel):
+        def emission(self, z, x=None):
+            return pyro.sample("x", dist.Normal(z + 5 * torch.exp(-0.5 * ((z - 150) / 3) ** 2), 0.5), obs=x)
+
+    stream = seq.KalmanFilter(Rises(0.0, 1.0, 3.0)).stream()
+    stream.update(torch.zeros(1, 10))
+    with pytest.raises(ValueError, match="not linear"):
+        stream.update(torch.linspace(20.0, 150.0, 30)[None])
+    assert stream.num_steps == 10  # what was refused has left no trace
+    linear = seq.KalmanFilter(LocalLevel(0.0, 1.0, 0.5))
+    x, stream = torch.randn(2, 6), linear.stream(2)
+    found = torch.cat([stream.update(x[:, t:t + 1]).log_evidence for t in range(6)], 1)
+    torch.testing.assert_close(found, linear.run(x).log_evidence_by_step)

@@ -23,8 +23,8 @@ from pyro_seq.engine.sites import Site, StepSites, draw
 from pyro_seq.engine.state import State, by_step, check_state, leaves, map_state
 from pyro_seq.sequences import Frame, Sequences, first_rows, repeat_rows
 
-__all__ = ["Between", "Checked", "Step", "Weigh", "Window", "advance", "forward", "propagate", "refuse_scaled", "same_latents",
-           "simulate", "weighted_step"]
+__all__ = ["Between", "Checked", "Step", "Weigh", "Window", "advance", "forward", "is_due", "propagate", "refuse_scaled",
+           "same_latents", "simulate", "weighted_step"]
 
 Between = Callable[[Frame, State, Any, Tensor], tuple[Tensor | None, Tensor]]
 """Called before step ``t >= 2`` with the frame to come, the states, the guide's encoding of the frame and the log weights
@@ -162,7 +162,12 @@ def same_latents(model: Any, names: set[str] | None, sites: dict[str, Site], fra
     return found
 
 
-_CHECKED = frozenset(2 * 4**k for k in range(20))
+_CHECKED = frozenset((1, *(2 * 4**k for k in range(20))))
+
+
+def is_due(count: int) -> bool:
+    """Whether what is checked now and then is checked at the ``count``-th time: 1, 2, 8, 32, 128, ..."""
+    return count in _CHECKED
 
 
 class Checked:
@@ -179,7 +184,7 @@ class Checked:
     def due(self) -> bool:
         """Whether the step that now begins checks; asked once a step."""
         self.entered += 1
-        return self.usual and (self.entered == 1 or self.later and self.entered in _CHECKED)
+        return self.usual and is_due(self.entered) and (self.later or self.entered == 1)
 
     def __enter__(self) -> None:
         Distribution.set_default_validate_args(self.due())

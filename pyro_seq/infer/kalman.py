@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_seq.engine.loop import is_due
 from pyro_seq.engine.state import State, leaves, map_state
 from pyro_seq.infer.linear import LinearStep, linearise, linearise_later, require_linear_at
 from pyro_seq.infer.linear_gaussian import Backward, Carry, Forward, Joint, take_out_vague
@@ -271,6 +272,7 @@ class KalmanStream:
         """``(B,)`` of all data so far."""
         self._carry: Carry | None = None
         self._step: LinearStep | None = None
+        self._updates = 0
 
     def update(self, x: Any, *, mask: Any = None, **covariates: Any) -> Update:
         """Take ``n >= 1`` new frames of every sequence.
@@ -286,18 +288,21 @@ class KalmanStream:
         return entered(model, None, sequences, lambda _: self._update(sequences))
 
     def _update(self, sequences: Sequences) -> Update:
-        method, check, first, later = self.method, not self.method.assume_linear, None, None
-        count = sequences.num_steps
+        method, check, first = self.method, not self.method.assume_linear, None
+        count, updates = sequences.num_steps, self._updates + 1
         if self._carry is None:
             first, later = linearise(method.model, sequences, check)
             first, prior = take_out_vague(first, later, method.dtype)
-            self._carry = Carry.start(_initial_state(method.model, sequences).to(method.dtype), prior)
-            self._step = later or first
+            carry = Carry.start(_initial_state(method.model, sequences).to(method.dtype), prior)
+            step = later or first
         else:
             times = range(self.num_steps + 1, self.num_steps + count + 1)
-            later = linearise_later(method.model, sequences, self._step, times, check)
-        forward = Forward(first, later, _observations(sequences, method.dtype), sequences.active, self._carry, alone=True)
-        self._carry = forward.carried()
+            carry, step = self._carry, self._step
+            later = linearise_later(method.model, sequences, step, times, check)
+        forward = Forward(first, later, _observations(sequences, method.dtype), sequences.active, carry, alone=True)
+        if check and is_due(updates):
+            _require_linear_where_it_is(forward, self.num_steps + (2 if first is not None else 1))
+        self._carry, self._step, self._updates = forward.carried(), step, updates
         self.num_steps += count
         found = forward.evidence_by_step()
         self.log_evidence = found.sum(1) if self.log_evidence is None else self.log_evidence + found.sum(1)
