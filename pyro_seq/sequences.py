@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +11,8 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+
+from pyro_seq.raw import as_tensor, check_lengths, continued, index_of, pad_with_last, present_of, right
 
 __all__ = ["Frame", "Packed", "Sequences"]
 
@@ -105,15 +106,15 @@ class Sequences:
             raise ValueError(f"mask names {unknown}, which is not among the data {sorted(given)}")
         values: dict[str, Tensor] = {}
         for name, value in given.items():
-            values[name], lengths = _tensor(name, value, lengths)
+            values[name], lengths = as_tensor(name, value, lengths)
         inputs: dict[str, Tensor] = {}
         for name, value in (covariates or {}).items():
             if name in values or name == "t":
                 raise ValueError(f"covariate {name!r} has the name of {'the time index' if name == 't' else 'the data'}"
                                  ": rename it")
-            inputs[name], _ = _tensor(name, value, None)
+            inputs[name], _ = as_tensor(name, value, None)
         # The data says how many sequences of what length there are; covariates follow, or say so when simulating.
-        batch, steps, lengths = _check_lengths(values or ({} if lengths is not None else inputs), lengths)
+        batch, steps, lengths = check_lengths(values or ({} if lengths is not None else inputs), lengths)
         for name, value in {**values, **inputs}.items():
             shape = tuple(value.shape)
             if name in inputs and value.dim() >= 2 and value.shape[0] == 1:
@@ -136,13 +137,13 @@ class Sequences:
         has_missing = False
         for name, value in values.items():
             full = value.shape[1]
-            value = _pad_with_last(value[:, :steps], last) if ragged else value[:, :steps]
-            present = _mask(name, mask, value, steps, full)
+            value = pad_with_last(value[:, :steps], last) if ragged else value[:, :steps]
+            present = present_of(name, mask, value, steps, full)
             if present is not None:
-                present = present | ~_right(inside, present)
+                present = present | ~right(inside, present)
             if value.is_floating_point():
                 # A finite sum has finite terms, and is quick.
-                if not value.sum().isfinite() and (infinite := value.isinf() & _right(inside, value)).any():
+                if not value.sum().isfinite() and (infinite := value.isinf() & right(inside, value)).any():
                     b, t = infinite.flatten(2).any(-1).nonzero()[0].tolist() if value.dim() > 2 else (
                         infinite.nonzero()[0].tolist())
                     raise ValueError(f"{name!r} is infinite in sequence {b} at time {t + 1}: data must be finite; "
@@ -155,12 +156,12 @@ class Sequences:
                 has_missing = True
             values[name] = value
         for name, value in inputs.items():
-            value = _pad_with_last(value[:, :steps], last) if ragged else value[:, :steps]
+            value = pad_with_last(value[:, :steps], last) if ragged else value[:, :steps]
             if value.is_floating_point() and not value.isfinite().all():
                 raise ValueError(f"covariate {name!r} has NaN or infinite entries: covariates cannot be missing; "
                                  "fill them, or model them as data")
             inputs[name] = value
-        return Sequences(values, lengths, inputs, observed, has_missing, next(filter(None, map(_index, given.values())), ()))
+        return Sequences(values, lengths, inputs, observed, has_missing, next(filter(None, map(index_of, given.values())), ()))
 
     @property
     def num_sequences(self) -> int:
@@ -277,7 +278,7 @@ class Sequences:
         index, times = self.index[sequence], np.asarray(times)
         ahead = int(times.max()) - len(index)
         if ahead > 0:
-            more = _continued(index, ahead)
+            more = continued(index, ahead)
             if more is None:
                 return None
             index = index.append(more)
@@ -429,144 +430,3 @@ def repeat_rows(value: Tensor, times: int) -> Tensor:
     if times == 1:
         return value
     return value[:, None].expand(value.shape[0], times, *value.shape[1:]).reshape(-1, *value.shape[1:])
-
-
-def _right(flag: Tensor, like: Tensor) -> Tensor:
-    return flag.reshape(flag.shape + (1,) * (like.dim() - flag.dim()))
-
-
-def _tensor(name: str, value: Any, lengths: Any) -> tuple[Tensor, Any]:
-    """One input as ``(B, T, ...)`` and the lengths, known when the input is a ragged list."""
-    if isinstance(value, pd.DataFrame):
-        bad = [str(c) for c in value.columns if not pd.api.types.is_numeric_dtype(value[c])]
-        if bad:
-            raise TypeError(f"{name!r}: columns {bad} are not numeric; select or encode them first")
-        return _from_numpy(value.to_numpy(dtype=float, na_value=np.nan))[None], lengths
-    if isinstance(value, pd.Series):
-        if not pd.api.types.is_numeric_dtype(value):
-            raise TypeError(f"{name!r} is a Series of type {value.dtype}, not numeric; encode it first")
-        return _from_numpy(value.to_numpy(dtype=float, na_value=np.nan))[None], lengths
-    if isinstance(value, (list, tuple)) and value and not all(np.isscalar(v) for v in value):
-        parts = [_tensor(name, v, None)[0][0] if isinstance(v, (pd.Series, pd.DataFrame)) else
-                 v if isinstance(v, Tensor) else _numeric(name, v) for v in value]
-        events = {tuple(p.shape[1:]) for p in parts}
-        if len(events) > 1 or any(p.dim() == 0 for p in parts):
-            raise ValueError(f"{name!r}: the sequences have frames of different shapes {sorted(events)}")
-        if any(len(p) == 0 for p in parts):
-            empty = [i for i, p in enumerate(parts) if len(p) == 0]
-            raise ValueError(f"{name!r}: sequences {empty} are empty; every sequence needs at least one frame")
-        ragged = torch.tensor([len(p) for p in parts], device="cpu")
-        if lengths is None:
-            lengths = ragged
-        elif list(lengths) != ragged.tolist():
-            raise ValueError(f"{name!r} is a list of sequences of lengths {ragged.tolist()}, but lengths="
-                             f"{list(lengths)} was given: leave lengths out")
-        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True), lengths
-    if not isinstance(value, Tensor):
-        value = _numeric(name, value)
-    if value.is_complex():
-        raise TypeError(f"{name!r} is complex; pass real and imaginary parts as two dimensions")
-    if value.dim() == 0:
-        raise ValueError(f"{name!r} is a single number; sequences have shape (B, T, ...) or, for one series, (T,). If it is "
-                         "meant as an option, this function has none of that name")
-    return (value[None] if value.dim() == 1 else value), lengths
-
-
-def _numeric(name: str, value: Any) -> Tensor:
-    try:
-        return _from_numpy(np.asarray(value))
-    except (TypeError, ValueError) as error:
-        what = ("holds None (NoneType), which is not numeric" if value is None else
-                f"of type {type(value).__name__} is not numeric data")
-        raise TypeError(f"{name!r} {what}: pass a tensor, an array, a list of sequences, or a pandas Series or DataFrame, "
-                        "with NaN (float('nan'), not None) where a value is missing") from error
-
-
-def _index(value: Any) -> tuple[pd.Index, ...]:
-    """The indices of pandas objects, unless they only count from zero."""
-    parts = value if isinstance(value, (list, tuple)) else [value]
-    if not all(isinstance(part, (pd.Series, pd.DataFrame)) for part in parts):
-        return ()
-    for part in parts:
-        if isinstance(part.index, (pd.DatetimeIndex, pd.PeriodIndex)) and not part.index.is_monotonic_increasing:
-            raise ValueError(f"the dates of a {type(part).__name__} are not in order, from {part.index[0]} to {part.index[-1]}"
-                             ": frames are taken one after the other as they stand, so sort them, x.sort_index()")
-    return () if all(part.index.equals(pd.RangeIndex(len(part))) for part in parts) else tuple(part.index for part in parts)
-
-
-def _continued(index: pd.Index, count: int) -> pd.Index | None:
-    """``count`` more entries of an index with a fixed step."""
-    if isinstance(index, pd.PeriodIndex):
-        return pd.period_range(index[-1], periods=count + 1)[1:]
-    if isinstance(index, pd.DatetimeIndex):
-        with warnings.catch_warnings():  # of pandas, that what it returns, of either type, will be of the other
-            warnings.simplefilter("ignore")
-            step = index.freq or index.inferred_freq
-        return None if step is None else pd.date_range(index[-1], periods=count + 1, freq=step)[1:]
-    if not pd.api.types.is_numeric_dtype(index) or len(index) < 2 or len(steps := set(np.diff(index))) > 1:
-        return None
-    return pd.Index(index[-1] + steps.pop() * np.arange(1, count + 1))
-
-
-def _from_numpy(array: np.ndarray) -> Tensor:
-    """Arrays take torch's default floating type, since numpy's is float64 whatever the model's."""
-    tensor = torch.from_numpy(np.array(array, order="C"))
-    return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
-
-
-def _check_lengths(values: Mapping[str, Tensor], lengths: Any) -> tuple[int, int, Tensor]:
-    name, value = next(iter(values.items()), (None, None))
-    if value is None and lengths is None:
-        raise ValueError("no data was given, and nothing tells how many sequences of what length to simulate: pass x to infer, "
-                         "or lengths to simulate, e.g. model(lengths=[100] * 8)")
-    if value is not None and (value.shape[0] == 0 or value.shape[1] == 0):
-        raise ValueError(f"{name!r} has shape {tuple(value.shape)}: the batch or the time dimension is empty")
-    if lengths is None:
-        lengths = torch.full((value.shape[0],), value.shape[1], dtype=torch.long, device="cpu")
-    try:
-        lengths = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"lengths={lengths!r} is not a list of integers, one per sequence") from error
-    if lengths.is_floating_point() or lengths.dtype == torch.bool:
-        raise TypeError(f"lengths has dtype {lengths.dtype}; integers are expected")
-    if lengths.dim() == 0:
-        lengths = lengths[None]
-    if lengths.dim() != 1 or len(lengths) == 0:
-        raise ValueError(f"lengths has shape {tuple(lengths.shape)}; one integer per sequence, (B,), is expected")
-    batch = len(lengths) if value is None else value.shape[0]
-    if len(lengths) != batch:
-        raise ValueError(f"lengths has {len(lengths)} entries but {name!r} of shape {tuple(value.shape)} "
-                         f"holds {batch} sequences")
-    limit = int(lengths.max()) if value is None else value.shape[1]
-    bad = ((lengths < 1) | (lengths > limit)).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(f"lengths must lie between 1 and T = {limit}: sequence {bad[0]} has "
-                         f"length {int(lengths[bad[0]])}")
-    return batch, int(lengths.max()), lengths.long()
-
-
-def _pad_with_last(value: Tensor, last: Tensor) -> Tensor:
-    return value.gather(1, _right(last, value).expand(value.shape))
-
-
-def _mask(name: str, mask: Any, value: Tensor, steps: int, full: int) -> Tensor | None:
-    """``mask`` for one input as booleans of the shape of ``value``; padding is taken as observed."""
-    mask = mask.get(name) if isinstance(mask, Mapping) else mask
-    if mask is None:
-        return None
-    mask = torch.as_tensor(mask, device=value.device)
-    if mask.dim() == 1 and value.shape[0] == 1:
-        mask = mask[None]
-    if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
-        raise ValueError(f"mask has dtype {mask.dtype} and entries other than 0 and 1: it is True where {name!r} is "
-                         "observed")
-    if mask.dim() < 2:
-        raise ValueError(f"mask has shape {tuple(mask.shape)}; for {name!r} of shape {tuple(value.shape)} it is "
-                         f"{tuple(value.shape[:2])} (whole frames): the same for every sequence is mask.expand(B, T)")
-    longer = mask.dim() > 1 and mask.shape[1] > full
-    mask = mask if longer else mask.bool()[:, :steps]
-    if mask.dim() not in (2, value.dim()) or mask.shape != value.shape[:mask.dim()]:
-        single = f" or {tuple(value.shape)} (single entries)" if value.dim() > 2 else ""
-        raise ValueError(f"mask has shape {tuple(mask.shape)}; for {name!r} of shape {tuple(value.shape)} it is "
-                         f"{tuple(value.shape[:2])} (whole frames){single}")
-    return _right(mask, value).expand(value.shape)

@@ -19,58 +19,22 @@ from pyro.distributions import Delta, ImproperUniform
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_seq.engine.families import in_support, sample
 from pyro_seq.engine.gaussian import innermost, is_gaussian, moments
+from pyro_seq.engine.loop import is_due
 from pyro_seq.engine.reads import another
 from pyro_seq.engine.rows import check_rows
-from pyro_seq.engine.sites import Proposal, Site, StepSites
+from pyro_seq.engine.sites import Site, StepSites
 from pyro_seq.engine.state import State, leaves, map_state
 from pyro_seq.infer.linear import SCALES
+from pyro_seq.infer.split import COPIES, Split, copies, find_split, longest, origin, require_marginal, spread
 from pyro_seq.module import accepted
 from pyro_seq.sequences import Frame, Sequences, repeat_rows
 
-__all__ = ["Marginalised", "Split", "find_split", "marginalise", "spread"]
+__all__ = ["Marginalised", "marginalise"]
 
 _LOG_2PI = math.log(2 * math.pi)
-_DUE = frozenset({1, *(2 * 4**k for k in range(20))})
-"""Times at which linearity is tested anew, at the conditioning latents that the particles have there; all of them where the
-step reads the time or covariates."""
 _TESTED_ROWS = 256
-_COPIES = 8
 _MOST_TRIES = 64
-
-
-class Split(NamedTuple):
-    """Which latents are integrated out, and where in the state they are felt."""
-
-    conditioning: tuple[str, ...]
-    """Sites that are drawn."""
-    marginal: tuple[str, ...]
-    """Sites that are integrated out."""
-    masks: tuple[Tensor, ...]
-    """For each tensor of the state, ``(numel,)`` booleans: the entries that depend on marginal sites."""
-
-    def take(self, state: State, rows: int, device: torch.device) -> Tensor:
-        """``(rows, S)`` those entries of a state, in double precision."""
-        parts = [leaf.reshape(rows, -1)[:, mask].double() for leaf, mask in zip(leaves(state), self.masks)]
-        return torch.cat(parts, -1) if parts else torch.zeros(rows, 0, dtype=torch.float64, device=device)
-
-    def put(self, state: State, values: Tensor) -> State:
-        """The state with those entries replaced by ``(rows, S)`` values."""
-        masks, at = iter(self.masks), 0
-
-        def replace(leaf: Tensor) -> Tensor:
-            nonlocal at
-            mask = next(masks)
-            width = int(mask.sum())
-            if not width:
-                return leaf
-            at += width
-            flat = leaf.reshape(len(leaf), -1).clone()
-            flat[:, mask] = values[:, at - width:at].to(leaf.dtype)
-            return flat.reshape(leaf.shape)
-
-        return map_state(replace, state)
 
 
 class Marginalised:
@@ -103,7 +67,8 @@ class Marginalised:
         columns, width = self._columns(base, mean.shape[-1])
         step = _Affine(self, base, state, frame, columns, mean.shape[-1], width)
         (u, spread), log_density = step.condition(mean, covariance)
-        if self.always or base.feeds or frame.t in _DUE:
+        # At the conditioning latents that the particles have here.
+        if self.always or base.feeds or is_due(frame.t):
             step.require_affine(u, spread.diagonal(dim1=-2, dim2=-1))
         for name in base.plain:
             log_density = log_density + base.sites[name].log_p().double()
@@ -140,7 +105,7 @@ class Marginalised:
 
     def _draw(self, state: State, frame: Frame) -> _Base:
         """Run the step at u = 0, the conditioning latents drawn by whoever stands outside."""
-        with _Conditioning(frame, self.split.conditioning, lambda name, p: (None, _origin(p, frame))) as step:
+        with _Conditioning(frame, self.split.conditioning, lambda name, p: (None, origin(p, frame))) as step:
             after = self.declared.apply(state, frame)
         if set(step.drawn) != set(self.split.conditioning) or set(step.latents) != set(self.split.marginal):
             expected = sorted({*self.split.conditioning, *self.split.marginal})
@@ -383,117 +348,12 @@ class _Ran(NamedTuple):
     """``(n, P, ...)`` entries of the next state that should not."""
 
 
-def require_marginal(name: str, fn: Distribution, kind: str) -> None:
-    """Raise unless a latent can be integrated out by a Kalman filter."""
-    if isinstance(innermost(fn), ImproperUniform):
-        raise ValueError(f"site {name!r} of {kind} is ImproperUniform: an evidence that is estimated needs a proper "
-                         "distribution of the first state")
-    if not is_gaussian(fn) and not isinstance(innermost(fn), Delta):
-        raise ValueError(f"site {name!r} of {kind} is {type(innermost(fn)).__name__}, not Gaussian: a Kalman filter cannot "
-                         "marginalise it. Leave it out of marginal=")
-
-
-def _origin(p: Distribution, frame: Frame) -> Tensor:
-    """Zero, of the shape and type of a draw."""
-    if isinstance(innermost(p), ImproperUniform):
-        like = next((v for v in frame.x.values() if v.is_floating_point()), None)
-        return torch.zeros(p.shape(), dtype=None if like is None else like.dtype, device=frame.device)
-    return torch.zeros_like(innermost(p).v if isinstance(innermost(p), Delta) else in_support(p))
-
-
 def _same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors differ by no more than rounding."""
     if not a.is_floating_point():
         return bool((a == b).all())
     tolerance = 1e-9 if a.dtype == torch.float64 else 2e-4
     return bool(((a == b) | ((a - b).abs() <= tolerance * (a.abs() + b.abs()))).all())
-
-
-def spread(frame: Frame) -> Proposal:
-    """A proposal for tests: every value of a finite support alike, others from the model, flat ones at zero."""
-    def propose(name: str, p: Distribution) -> tuple[None, Tensor]:
-        base = innermost(p)
-        if isinstance(base, ImproperUniform):
-            return None, _origin(p, frame)
-        if base.has_enumerate_support and p is base:
-            values = p.enumerate_support(expand=False).reshape(-1, *p.event_shape)
-            return None, values[torch.randint(len(values), tuple(p.batch_shape), device=values.device)]
-        return None, sample(p)
-
-    return propose
-
-
-def find_split(model: Any, sequences: Sequences, marginal: Iterable[str], conditioning: Iterable[str]) -> Split:
-    """Where the marginal sites are felt in the state: run steps twice, with all else the same.
-
-    :param model: a declared model, entered.
-    """
-    split, kind = Split(tuple(conditioning), tuple(marginal), ()), type(model).__name__
-    frames = list(_copies(model, sequences).packed.frames(1, 1, min(2, sequences.num_steps)))
-    frame, state, masks = frames[0], model.begin(frames[0]), None
-    if state is not None:
-        masks = tuple(torch.zeros(leaf[0].numel(), dtype=torch.bool, device=frame.device) for leaf in leaves(state))
-        split = split._replace(masks=masks)
-    while True:
-        sites, after = _at_origin(model, split, state, frame)
-        for name in split.marginal:
-            if name not in sites or sites[name].observed:
-                raise ValueError(f"{kind} has no latent site {name!r} at time {frame.t}; it has {list(sites)}")
-            require_marginal(name, sites[name].p, kind)
-        elsewhere = _moved(model, split, state, frame, sites)
-        found = tuple(_differs(a, b) for a, b in zip(leaves(after), leaves(elsewhere), strict=True))
-        for leaf, differs in zip(leaves(after), found):
-            if not leaf.is_floating_point() and differs.any():
-                raise ValueError(f"{kind} carries a state of type {leaf.dtype} that depends on {list(split.marginal)}, which "
-                                 "are to be marginalised: that is not Gaussian")
-        known = masks is not None and not any(bool((b & ~a).any()) for a, b in zip(masks, found, strict=True))
-        masks = found if masks is None else tuple(a | b for a, b in zip(masks, found, strict=True))
-        split = split._replace(masks=masks)
-        if len(frames) == 1 or known and frame is frames[1]:
-            return split
-        frame = frames[1]
-        state = map_state(lambda leaf: leaf[:frames[1].rows], after)
-
-
-def _at_origin(model: Any, split: Split, state: State, frame: Frame) -> tuple[dict[str, Site], State]:
-    """A step with marginal sites at zero and the others wherever they may be."""
-    visit = spread(frame)
-
-    def propose(name: str, p: Distribution) -> tuple[None, Tensor]:
-        return (None, _origin(p, frame)) if name in split.marginal else visit(name, p)
-
-    with pyro.settings.context(validate_distributions_torch=False), StepSites(frame, propose) as step:
-        after = model.apply(state, frame)
-    return step.sites, after
-
-
-def _moved(model: Any, split: Split, state: State, frame: Frame, sites: dict[str, Site]) -> State:
-    """The state after the same step with all that is marginal elsewhere: sites, entries of the state, gaps."""
-    values = {name: torch.randn_like(site.value) if name in split.marginal or site.observed else site.value
-              for name, site in sites.items() if not site.observed or is_gaussian(site.p)}
-    if state is not None:
-        moved = split.take(state, frame.rows, frame.device)
-        state = split.put(state, moved + torch.randn_like(moved))
-    with pyro.settings.context(validate_distributions_torch=False), StepSites(frame, values=values):
-        return model.apply(state, frame)
-
-
-def _differs(a: Tensor, b: Tensor) -> Tensor:
-    """``(numel,)`` booleans: the entries of a row that differ in any."""
-    return ~((a == b) | (a != a) & (b != b)).reshape(len(a), -1).all(0)
-
-
-def _longest(sequences: Sequences) -> Sequences:
-    return sequences.select(sequences.lengths.argsort(descending=True, stable=True)[:4])
-
-
-def _copies(model: Any, sequences: Sequences) -> Sequences:
-    """Some of the sequences, several times; without their data where gaps feed the state."""
-    some = _longest(sequences).repeat(_COPIES)
-    if not (some.has_missing and model.missing_feeds_state):
-        return some
-    blank = {k: torch.full_like(v, torch.nan) if v.is_floating_point() else v for k, v in some.x.items()}
-    return Sequences(blank, some.lengths, some.covariates, some.observed, True)
 
 
 def marginalise(model: Any, sequences: Sequences, marginal: Iterable[str] | None = None, steps: int = 2) -> Marginalised:
@@ -537,7 +397,7 @@ def _latents(model: Any, sequences: Sequences) -> dict[str, list[Distribution]]:
     found: dict[str, list[Distribution]] = {}
     state = None
     with pyro.settings.context(validate_distributions_torch=False):
-        for frame in _copies(model, sequences).packed.frames(1, 1, min(2, sequences.num_steps)):
+        for frame in copies(model, sequences).packed.frames(1, 1, min(2, sequences.num_steps)):
             state = model.begin(frame) if frame.first else map_state(lambda leaf, n=frame.rows: leaf[:n], state)
             with StepSites(frame, spread(frame), impute=model.missing_feeds_state) as step:
                 state = model.apply(state, frame)
@@ -549,7 +409,7 @@ def _latents(model: Any, sequences: Sequences) -> dict[str, list[Distribution]]:
 def _tested(model: Any, sequences: Sequences, names: tuple[str, ...], latents: dict[str, Any], steps: int) -> Marginalised:
     split = find_split(model, sequences, names, tuple(n for n in latents if n not in names))
     found, state = Marginalised(model, split, always=True), None
-    some = _longest(sequences).repeat(_COPIES)
+    some = longest(sequences).repeat(COPIES)
     for frame in some.packed.frames(1, 1, min(steps, sequences.num_steps)):
         state = map_state(lambda leaf, n=frame.rows: leaf[:n], state)
         with StepSites(frame, spread(frame)):

@@ -15,9 +15,10 @@ from pyro_seq.engine.families import Family
 from pyro_seq.engine.gaussian import innermost, is_gaussian
 from pyro_seq.engine.sites import Site, StepSites
 from pyro_seq.engine.state import State, leaves, map_state
-from pyro_seq.infer.conditional import marginalise, spread
+from pyro_seq.infer.conditional import marginalise
 from pyro_seq.infer.declared_filter import unmoved
 from pyro_seq.infer.linear import linearise
+from pyro_seq.infer.split import spread
 from pyro_seq.infer.structure import Applies, SiteSummary, Structure
 from pyro_seq.infer.unscented_kalman import UnscentedKalmanFilter
 from pyro_seq.module import own_parameters, require_model
