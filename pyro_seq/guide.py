@@ -159,6 +159,11 @@ class SequentialGuide(SequentialModule):
         """Whether encodings can be computed a stretch of frames at a time, by :meth:`stream_rows`."""
         return not self.reads_future and type(self).stream_rows is not SequentialGuide.stream_rows
 
+    def window_rows(self, sequences: Sequences, start: int, stop: int, carry: State) -> tuple[Any, State] | None:
+        """The encodings ``(B, stop - start + 1, ...)`` of the steps ``start..stop``, and what to carry to the next ones, where
+        there is no need to encode the whole batch for them; ``None`` otherwise. Arguments as for :meth:`stream_rows`."""
+        return self.stream_rows(sequences.between(start, stop), carry) if self.streams else None
+
     def propose(self, state: State, frame: Frame, encoding: Any, emit: PyroSites | None = None) -> Proposal:
         """What this step's latents are drawn from.
 

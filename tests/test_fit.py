@@ -29,7 +29,7 @@ import pyro_seq as seq
 from pyro_seq.__main__ import main
 from pyro_seq.data import load_polyphonic
 from pyro_seq.engine.loop import Window
-from pyro_seq.engine.state import map_state
+from pyro_seq.engine.state import leaves, map_state
 from pyro_seq.fit import commands
 from pyro_seq.fit import train as training
 from pyro_seq.fit.batches import bucketed, epoch_generator, windows
@@ -72,7 +72,9 @@ def test_windows_add_up_to_the_whole(name, particles, row_noise):
     whole = loss.differentiable_loss(model, guide, batch)
     for size in (1, 5) if particles == 1 else (3,):
         torch.testing.assert_close(summed(loss, model, guide, batch, size), whole, rtol=1e-10, atol=1e-10)
-    if not name.endswith(("avf", "prior")) and "paper" not in name and not (model.missing_feeds_state and "two" not in name):
+    cut = guide.reads_future  # at the end of each window
+    if not cut and not name.endswith(("avf", "prior")) and "paper" not in name and not (
+            model.missing_feeds_state and "two" not in name):
         # With the gradient let through the borders, it is that of the whole too.
         parameters = [*model.parameters(), *guide.parameters()]
         found, expected = (torch.autograd.grad(value, parameters, allow_unused=True) if parameters else [] for value in (
@@ -94,6 +96,19 @@ def test_a_window_encodes_its_own_frames_alone(name, monkeypatch):
     monkeypatch.setattr(type(guide), "stream_rows", stream_rows)
     summed(seq.SequentialELBO(), model, guide, seq.Sequences.of(frames(2, 7, 3)), 3)
     assert read == [3, 3, 1]
+
+
+@pytest.mark.parametrize("name", ["own future", "own both", "smoothing"])
+def test_windows_of_a_guide_that_reads_the_future_say_what_the_whole_does(name):
+    model, guide = built("DMM", name)
+    batch = seq.Sequences.of(frames(4, 7, 3), [7, 3, 5, 2])
+    whole, carry = guide.prepare_rows(batch), None
+    for start, stop in ((1, 3), (4, 6), (7, 7)):
+        found, carry = guide.window_rows(batch, start, stop, carry)
+        for a, b in zip(leaves(found), leaves(whole), strict=True):
+            inside = batch.active[:, start - 1:stop]
+            torch.testing.assert_close(a[inside], b[:, start - 1:stop][inside], rtol=1e-10, atol=1e-10)
+        carry = map_state(torch.Tensor.detach, carry)
 
 
 @pytest.mark.parametrize("window, says", [

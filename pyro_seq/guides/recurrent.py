@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from pyro_seq.engine.sites import Proposal
-from pyro_seq.engine.state import State
+from pyro_seq.engine.state import State, map_state
 from pyro_seq.guides.network import CELLS, BySite, Head, NetworkGuide
 from pyro_seq.module import require_count
 from pyro_seq.sequences import Frame, Sequences
 
-__all__ = ["FilteringGuide", "SmoothingGuide", "backward_rnn"]
+__all__ = ["FilteringGuide", "SmoothingGuide", "backward_rnn", "state_after"]
 
 
 class FilteringGuide(NetworkGuide):
@@ -75,14 +76,22 @@ class FilteringGuide(NetworkGuide):
         return self.stream_rows(sequences, None)[0]
 
     def stream_rows(self, sequences: Sequences, carry: State) -> tuple[dict[str, Tensor], State]:
-        frames = self.all_frames(sequences)
-        if self.rnn is not None:
-            encoded, carry = self._encode(frames, sequences.lengths, carry)
-            frames = torch.cat([frames, encoded], -1)
-        return {site: self.heads[site].prepare(frames) for site in self.families}, carry
+        return self._rows(sequences, carry, None)
 
-    def _encode(self, frames: Tensor, lengths: Tensor, carry: State) -> tuple[Tensor, State]:
-        return self.rnn(frames, carry)
+    def _rows(self, sequences: Sequences, carry: State, after: State) -> tuple[dict[str, Tensor], State]:
+        """
+        :param carry: state of the recurrence before these frames.
+        :param after: state of the one that runs backward, after them.
+        """
+        frames = self.all_frames(sequences)
+        parts = [frames]
+        if self.rnn is not None:
+            encoded, carry = self.rnn(frames, carry)
+            parts.append(encoded)
+        if self.rnn_back is not None:
+            parts.append(backward_rnn(self.rnn_back, frames, sequences.lengths, after))
+        frames = torch.cat(parts, -1)
+        return {site: self.heads[site].prepare(frames) for site in self.families}, carry
 
     def propose(self, state: State, frame: Frame, encoding: dict[str, Tensor], emit: Any = None) -> Proposal:
         features = self.state_features(state, frame.rows)
@@ -126,20 +135,43 @@ class SmoothingGuide(FilteringGuide):
 
     reads_future = True
 
-    def _encode(self, frames: Tensor, lengths: Tensor, carry: State) -> tuple[Tensor, State]:
-        return torch.cat([self.rnn(frames)[0], backward_rnn(self.rnn_back, frames, lengths)], -1), None
+    def window_rows(self, sequences: Sequences, start: int, stop: int, carry: State) -> tuple[dict[str, Tensor], State]:
+        after = None
+        if self.rnn_back is not None and stop < sequences.num_steps:
+            with torch.no_grad():
+                later = self.all_frames(sequences.between(stop + 1, sequences.num_steps))
+            after = state_after(self.rnn_back, later, sequences.lengths - stop)
+        return self._rows(sequences.between(start, stop), carry, after)
 
 
-def backward_rnn(rnn: nn.RNNBase, inputs: Tensor, lengths: Tensor) -> Tensor:
+def backward_rnn(rnn: nn.RNNBase, inputs: Tensor, lengths: Tensor, after: State = None) -> Tensor:
     """Run a one-way recurrent network backward in time, from each sequence's own end.
 
     A packed sequence would do the same, but torch's backward pass through one takes time by the square of T.
 
     :param inputs: ``(B, T, width)``.
     :param lengths: ``(B,)``.
+    :param after: the network's state after the inputs, as :func:`state_after` tells it.
     :returns: ``(B, T, hidden)``; what it holds past a sequence's end is not used.
     """
+    index = _reversed(inputs, lengths)
+    return rnn(inputs.take_along_dim(index, 1), after)[0].take_along_dim(index, 1)
+
+
+def state_after(rnn: nn.RNNBase, later: Tensor, left: Tensor) -> State:
+    """The state in which a backward recurrence reaches a window from the frames after it, without gradient.
+
+    :param later: ``(B, T, width)`` those frames.
+    :param left: ``(B,)`` how many of them each sequence has; below one where it has ended, and the state is zero.
+    """
+    count = left.clamp(min=1)
+    with torch.no_grad():
+        packed = pack_padded_sequence(later.take_along_dim(_reversed(later, count), 1), count.cpu(), batch_first=True,
+                                      enforce_sorted=False)
+        return map_state(lambda leaf: torch.where((left > 0)[:, None], leaf, 0.0), rnn(packed)[1])
+
+
+def _reversed(inputs: Tensor, lengths: Tensor) -> Tensor:
+    """``(B, T, 1)`` where each step's mirror image within its sequence is."""
     steps = torch.arange(inputs.shape[1], device=inputs.device)
-    index = (lengths[:, None] - 1 - steps).clamp(min=0)[..., None]
-    reverse = rnn(inputs.take_along_dim(index, 1))[0]
-    return reverse.take_along_dim(index, 1)
+    return (lengths[:, None] - 1 - steps).clamp(min=0)[..., None]

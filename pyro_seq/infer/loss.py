@@ -132,7 +132,8 @@ class SequenceLoss(ELBO):
 
         Over windows that follow each other, each begun from the last one's (detached) state, the losses add up to that of
         the whole; the gradient is truncated at their borders (truncated back-propagation through time), in the model's state
-        and in the encoder of a guide that reads the past. A guide that reads the future encodes the whole batch each time.
+        and in a guide's recurrent encoder, on both sides. A guide without ``window_rows``, such as a hand-written one with
+        ``prepare``, encodes the whole batch each time.
 
         :param sequences: the whole batch.
         :returns: the loss, and what the next :class:`~pyro_seq.engine.loop.Window` begins from, as its ``state``: a nest of
@@ -192,9 +193,11 @@ class SequenceLoss(ELBO):
         if isinstance(window.state, Carried):
             begun, (state, encoder) = True, window.state
             window = window._replace(state=state)
-        if begun and guide.streams and window.stop - window.start + 1 < sequences.num_steps:
-            encodings, encoder = guide.stream_rows(sequences.between(window.start, window.stop), encoder)
-            window = window._replace(encodings=encodings)
+        if begun and window.stop - window.start + 1 < sequences.num_steps:
+            found = guide.window_rows(sequences, window.start, window.stop, encoder)
+            if found is not None:
+                encodings, encoder = found
+                window = window._replace(encodings=encodings)
         found = self._bound(model, guide, sequences, window)
         objective, value = scale * found.objective, scale * found.value
         share = (window.stop - window.start + 1) / sequences.num_steps

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pyro_seq.guide import SequentialGuide
-from pyro_seq.guides.recurrent import backward_rnn
+from pyro_seq.guides.recurrent import backward_rnn, state_after
 from pyro_seq.model import SequentialModel, StateSpaceModel
 from pyro_seq.models.layers import Emission, Framed, GatedResidual, NormalHead, mlp, require_sizes
 from pyro_seq.sequences import Sequences
@@ -192,6 +192,19 @@ class StructuredInference(SequentialGuide):
 
     def stream_rows(self, sequences: Sequences, carry: Any) -> tuple[Tensor, Any]:
         return self.left(sequences.x["x"].nan_to_num(), carry)
+
+    def window_rows(self, sequences: Sequences, start: int, stop: int, carry: Any) -> tuple[Tensor, Any]:
+        if self.right is None:
+            return super().window_rows(sequences, start, stop, carry)
+        x, window, after = sequences.x["x"].nan_to_num(), sequences.between(start, stop), None
+        here = x[:, start - 1:stop]
+        if stop < sequences.num_steps:
+            after = state_after(self.right, x[:, stop:], sequences.lengths - stop)
+        encoding = backward_rnn(self.right, here, window.lengths, after)
+        if self.left is not None:
+            past, carry = self.left(here, carry)
+            encoding = past + encoding
+        return encoding, carry
 
     def step(self, state: Any, x: Tensor, encoding: Tensor) -> None:
         z, *prior = self.model.prior(state, len(x))
