@@ -1,0 +1,174 @@
+"""Compiled functions of one inference object, by what they were compiled for."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Hashable
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from tqdm import tqdm
+
+from pyro_seq.engine.compiled.nest import put_together, take_apart
+from pyro_seq.engine.compiled.reads import Reads
+from pyro_seq.engine.compiled.trace import Noise, Untraceable, trace
+
+__all__ = ["Compiled", "Compiler", "Run"]
+
+_MOST = 16
+"""Shapes that one function is compiled for; others run as written."""
+
+
+class Compiled(NamedTuple):
+    """A function that has been compiled."""
+
+    call: Callable[..., Any]
+    live: list[int]
+    """Which of the tensors that the modules hold it takes."""
+    noise: list[Noise]
+    plan: Any
+    """How its results are put together."""
+
+
+class Compiler:
+    """What one inference object has compiled, for all of its runs.
+
+    A function is compiled for the shapes, types and device of its arguments and for the Python values that the user's code may
+    read, and once more when these change. What cannot be compiled runs as written, with one warning that says why.
+    """
+
+    def __init__(self, what: str):
+        self.what = what
+        self.known: dict[Hashable, Any] = {}
+        self.counts: dict[Hashable, int] = {}
+        self.warned: set[str] = set()
+        self.reads: dict[tuple[Any, ...], Reads] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "known": {}, "counts": {}, "reads": {}}  # compiled code stays where it is
+
+    def run(self, *modules: Any) -> Run:
+        """One run of the method, on modules that have been entered."""
+        if modules not in self.reads:
+            self.reads[modules] = Reads(*modules)
+        return Run(self, self.reads[modules], modules)
+
+    def warn(self, name: str, reason: str) -> None:
+        if reason not in self.warned:
+            self.warned.add(reason)
+            warnings.warn(f"{self.what}: {name} runs as written, not compiled, since {reason}", stacklevel=2)
+
+    def build(self, module: fx.GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
+        """Machine code for a graph.
+
+        :raises Untraceable: if there is no compiler, or it fails.
+        """
+        with tqdm(total=1, desc=f"compiling {self.what}", leave=False, disable=None) as bar:
+            found = _build(module, examples)
+            bar.update()
+        return found
+
+
+class Run:
+    """One run: the tensors and values that the modules hold now are looked up once."""
+
+    def __init__(self, compiler: Compiler, reads: Reads, modules: tuple[Any, ...]):
+        self.compiler, self.reads = compiler, reads
+        self.live, values = reads.now()
+        self.state = (modules, values, tuple(map(_form, self.live)), torch.get_num_threads(), torch.is_grad_enabled())
+        self.state_hash = hash(self.state)
+
+    def key(self, name: str, plan: Hashable, inputs: list[Tensor]) -> Hashable:
+        return _Key(self, (name, plan, tuple([(v.shape, v.stride(), v.dtype, v.device) for v in inputs])))
+
+    def look_up(self, name: str, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What is known under ``key``, made where nothing is: the second time, since the first run as written checks what the
+        user wrote; ``None`` where there is nothing but the function as written."""
+        known, counts = self.compiler.known, self.compiler.counts
+        if key in known:
+            return known[key]
+        family = (name, self.reads)
+        if key not in counts:
+            counts[key] = 1
+            return None
+        if counts.get(family, 0) >= _MOST:
+            self.compiler.warn(name, f"it has been compiled for {_MOST} different shapes or values already: what changes from "
+                               "run to run can be made a tensor, such as a buffer or a covariate")
+            known[key] = None
+            return None
+        counts[family] = counts.get(family, 0) + 1
+        try:
+            with unchanged(self):
+                known[key] = make()
+        except Untraceable as error:
+            self.compiler.warn(name, str(error))
+            known[key] = None
+        return known[key]
+
+    def call(self, name: str, fn: Callable[..., Any], *arguments: Any) -> Any:
+        """``fn(*arguments)``, compiled; without gradients."""
+        inputs: list[Tensor] = []
+        plan = take_apart(arguments, inputs)
+        found = self.look_up(name, self.key(name, plan, inputs), lambda: self.compiled(fn, plan, inputs))
+        if found is None:
+            return fn(*arguments)
+        noise = [part.draw() for part in found.noise]
+        results = found.call(*inputs, *[self.live[index] for index in found.live], *noise)
+        return put_together(found.plan, iter(results))
+
+    def compiled(self, fn: Callable[..., Any], plan: Any, inputs: list[Tensor]) -> Compiled:
+        result: list[Any] = []
+
+        def flat(*given: Tensor) -> list[Tensor]:
+            tensors: list[Tensor] = []
+            result[:] = [take_apart(fn(*put_together(plan, iter(given))), tensors)]
+            return tensors
+
+        graph = trace(flat, inputs, self.live)
+        examples = [*inputs, *(self.live[index] for index in graph.live), *(part.draw() for part in graph.noise)]
+        return Compiled(self.compiler.build(graph.module, examples), graph.live, graph.noise, result[0])
+
+
+class _Key:
+    """Of a run and a call; the run's own, which is long, is hashed once."""
+
+    def __init__(self, run: Run, call: Hashable):
+        self.state, self.call = run.state, call
+        self.value = hash((run.state_hash, call))
+
+    def __hash__(self) -> int:
+        return self.value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self.call == other.call and (self.state is other.state or self.state == other.state)
+
+
+def _form(value: Tensor) -> Hashable:
+    return tuple(value.shape), value.stride(), value.dtype, value.device, value.requires_grad
+
+
+@contextmanager
+def unchanged(run: Run):  # noqa: ANN201
+    """Raise if the step changes what it reads."""
+    yield
+    if run.reads.now()[1] != run.state[1]:
+        raise Untraceable("the step changes an attribute or a variable, such as a counter: what a step remembers goes into the "
+                          "state that it returns")
+
+
+def _build(module: fx.GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
+    import torch._inductor as inductor
+
+    examples = [value.detach() for value in examples]
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return inductor.compile(module, examples, options={"fallback_random": True})
+    except Exception as error:
+        text = str(error).split("\n")[0]
+        if "compiler" in text.lower() or "CXX" in text:
+            text = f"there is no working C++ compiler ({text}): install g++ or clang, or name one by CXX={os.environ.get('CXX', '')}"
+        raise Untraceable(text) from error

@@ -1,0 +1,179 @@
+"""A step as a graph of torch's operators: what Pyro's handlers and Python's objects do is done once, while it is traced.
+
+The random numbers of a step become inputs of its graph, drawn before it runs in the order in which the step draws them, so that
+eager and compiled steps draw the same.
+"""
+
+from __future__ import annotations
+
+import random
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyro
+import torch
+from torch import Tensor, fx
+from torch.distributions import Distribution
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.func import functionalize
+
+__all__ = ["Graph", "Noise", "Untraceable", "trace"]
+
+_aten = torch.ops.aten
+# Random operators whose numbers depend on nothing that is computed, and the method that draws them in place.
+_DRAWN = {
+    _aten.normal_functional.default: "normal_", _aten.uniform.default: "uniform_", _aten.exponential.default: "exponential_",
+    _aten.randn.default: "normal_", _aten.rand.default: "uniform_"}
+
+
+class Untraceable(Exception):
+    """Why a step has no graph."""
+
+
+class Noise(NamedTuple):
+    """Random numbers that a graph is given."""
+
+    method: str
+    arguments: tuple[float, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def draw(self, rows: int | None = None) -> Tensor:
+        """:param rows: of the first dimension; all by default."""
+        shape = self.shape if rows is None else (rows, *self.shape[1:])
+        return getattr(torch.empty(shape, dtype=self.dtype, device=self.device), self.method)(*self.arguments)
+
+
+class Graph(NamedTuple):
+    """A function of tensors, by its operators."""
+
+    module: fx.GraphModule
+    """Takes the inputs, then the live tensors at ``live``, then the noise."""
+    live: list[int]
+    noise: list[Noise]
+
+
+def trace(fn: Callable[..., list[Tensor]], inputs: list[Tensor], live: list[Tensor]) -> Graph:
+    """The graph of ``fn(*inputs)``.
+
+    :param live: the tensors that ``fn`` may read beside its inputs.
+    :raises Untraceable: if it decides by the values of tensors, draws numbers of its own, changes or reads tensors unknown.
+    """
+    versions = [value._version for value in live]
+    python, numpy = random.getstate(), np.random.get_state()[1].copy()
+    devices = sorted({value.device for value in inputs if value.device.type == "cuda"}, key=str)
+    usual = bool(pyro.settings.get("validate_distributions_torch"))
+    with torch.random.fork_rng(devices):
+        try:
+            Distribution.set_default_validate_args(False)
+            found = make_fx(lambda *given: fn(*given[:len(inputs)]))(*inputs, *live)
+        except Exception as error:
+            raise Untraceable(_reason(error)) from error
+        finally:
+            Distribution.set_default_validate_args(usual)
+    if random.getstate() != python or not (np.random.get_state()[1] == numpy).all():
+        raise Untraceable("it draws random numbers of Python or numpy, which a graph would draw once and for all: use pyro.sample")
+    if versions != [value._version for value in live]:
+        raise Untraceable("it changes a tensor in place, as batch normalisation in training mode does its averages")
+    _refuse_strangers(found)
+    with torch.random.fork_rng(devices), torch.no_grad():
+        found = make_fx(functionalize(found))(*(value.detach() for value in (*inputs, *live)))
+    _simplify(found)
+    return _gathered(found, len(inputs))
+
+
+def _refuse_strangers(module: fx.GraphModule) -> None:
+    """Numbers that the step writes are constants; a tensor from elsewhere would be taken for one."""
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            for user in node.users:
+                if user.target not in (_aten.lift_fresh_copy.default, _aten.lift_fresh.default):
+                    shape = tuple(getattr(module, node.target).shape)
+                    raise Untraceable(f"it reads a tensor of shape {shape} that is no attribute of the model or guide: keep it as "
+                                      "a parameter, a buffer or another attribute")
+
+
+def _simplify(module: fx.GraphModule) -> None:
+    """Numbers as numbers, and what is computed twice only once."""
+    graph, seen = module.graph, {}
+    for node in list(graph.nodes):
+        if node.target is _aten.lift_fresh_copy.default and node.args[0].op == "get_attr":
+            value = getattr(module, node.args[0].target)
+            if value.dim() == 0:
+                with graph.inserting_before(node):
+                    number = graph.call_function(_aten.full.default, ([], value.item()), {
+                        "dtype": value.dtype, "layout": torch.strided, "device": value.device, "pin_memory": False})
+                number.meta = dict(node.meta)
+                node.replace_all_uses_with(number)
+                graph.erase_node(node)
+                node = number
+        if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            continue
+        key = (node.target, repr(node.args), repr(node.kwargs))
+        if key in seen:
+            node.replace_all_uses_with(seen[key])
+            graph.erase_node(node)
+        else:
+            seen[key] = node
+    graph.eliminate_dead_code()
+
+
+def _gathered(module: fx.GraphModule, inputs: int) -> Graph:
+    """Leave out the live tensors that are not read, and take the random numbers out."""
+    graph = module.graph
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    live = [index for index, node in enumerate(placeholders[inputs:]) if node.users]
+    for node in placeholders[inputs:]:
+        if not node.users:
+            graph.erase_node(node)
+    noise = _hoist(graph)
+    module.recompile()
+    return Graph(module, live, noise)
+
+
+def _hoist(graph: fx.Graph) -> list[Noise]:
+    """Make inputs of the random numbers, if that can be said of all of them: else the graph draws them all, in order."""
+    drawn = [node for node in graph.nodes if node.op == "call_function"
+             and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())]
+    if any(node.target not in _DRAWN and node.target is not _aten.normal.Tensor_Tensor for node in drawn):
+        return []
+    noise = []
+    last = [node for node in graph.nodes if node.op == "placeholder"]
+    anchor = last[-1] if last else next(iter(graph.nodes))
+    for node in drawn:
+        value = node.meta["val"]
+        with graph.inserting_after(anchor):
+            given = anchor = graph.placeholder(f"noise_{len(noise)}")
+        given.meta["val"] = value
+        arguments = tuple(a for a in node.args[1:] if isinstance(a, (int, float)))
+        noise.append(Noise(_DRAWN.get(node.target, "normal_"), arguments, tuple(value.shape), value.dtype, value.device))
+        if node.target is _aten.normal.Tensor_Tensor:
+            with graph.inserting_after(node):
+                scaled = graph.call_function(_aten.mul.Tensor, (given, node.args[1]))
+            with graph.inserting_after(scaled):
+                given = graph.call_function(_aten.add.Tensor, (scaled, node.args[0]))
+        node.replace_all_uses_with(given)
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
+    return noise
+
+
+def _reason(error: Exception) -> str:
+    """What stood in the way, and the user's line."""
+    text = str(error).split("\n")[0]
+    if "_local_scalar_dense" in text or "data-dependent" in text or "Boolean value" in text:
+        text = "it decides by the value of a tensor (if, and, or, min, max of Python, float(), .item()): choose by torch.where"
+    lines = [line for line in traceback.extract_tb(error.__traceback__) if not _of_library(line.filename)]
+    where = f" at {Path(lines[-1].filename).name}, line {lines[-1].lineno}: {lines[-1].line}" if lines else ""
+    return f"{text}{where}"
+
+
+_LIBRARIES = tuple(str(Path(module.__file__).parent) for module in (torch, pyro, np)) + (str(Path(__file__).parents[2]),)
+
+
+def _of_library(filename: str) -> bool:
+    return filename.startswith((*_LIBRARIES, "<")) or "/lib/python" in filename and "site-packages" not in filename
