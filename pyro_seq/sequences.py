@@ -355,9 +355,13 @@ class Packed:
         counts = torch.tensor(self.counts, device=self.sequences.device)
         return torch.arange(self.sequences.num_sequences, device=self.sequences.device) < counts[:, None]
 
-    def frames(self, num_particles: int = 1, start: int = 1, stop: int | None = None) -> Iterator[Frame]:
+    def frames(self, num_particles: int = 1, start: int = 1, stop: int | None = None, finished: bool = False
+               ) -> Iterator[Frame]:
         """One frame a step of ``start..stop`` (1-based, inclusive; all by default), each running sequence repeated
-        ``num_particles`` times (a sequence's rows together)."""
+        ``num_particles`` times (a sequence's rows together).
+
+        :param finished: with the rows of sequences that have ended since ``start``, which show their last frame.
+        """
         def by_time(values: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
             return {k: v[:, start - 1:stop].unbind(1) for k, v in values.items()}
 
@@ -365,6 +369,8 @@ class Packed:
         batch, device = self.counts[0], self.sequences.device
         sequence = repeat_rows(self.order, num_particles)
         for t, count in enumerate(self.counts[start - 1:stop], start=start):
+            count = self.counts[start - 1] if finished else count
+
             def rows(values: dict[str, tuple[Tensor, ...]], t: int = t, count: int = count) -> dict[str, Tensor]:
                 return {k: repeat_rows(first_rows(v[t - start], count), num_particles) for k, v in values.items()}
 

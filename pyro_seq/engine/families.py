@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Hashable
 from functools import cache
 from typing import Any
 
 import pyro
 import torch
-from pyro.distributions import Delta, MaskedDistribution, TorchDistribution
+from pyro.distributions import Delta, MaskedDistribution
 from torch import Tensor
 from torch.distributions import (
     Distribution,
@@ -25,7 +26,8 @@ from torch.distributions import (
     transform_to,
 )
 
-__all__ = ["Family", "concatenate", "expand_rows", "has_moving_support", "in_support", "log_density", "sample", "settings"]
+__all__ = ["Family", "apart", "concatenate", "expand_rows", "has_moving_support", "in_support", "log_density", "rebuilt",
+           "sample", "settings"]
 
 # Of redundant arguments (probs and logits, three forms of a covariance) the one with the simplest unconstrained form.
 _DROPPED = {"logits": {"probs"}, "scale_tril": {"covariance_matrix", "precision_matrix"}}
@@ -350,28 +352,39 @@ def in_support(fn: Distribution) -> Tensor:
         return draw(torch.zeros(draw.inverse_shape(shape), dtype=like.dtype, device=like.device)).expand(shape)
 
 
+def apart(fn: Distribution) -> tuple[Hashable, list[Tensor]] | None:
+    """What a distribution is made of: its kind and settings, and its parameters, each with a batch dimension; ``None`` if it
+    cannot be made anew from them."""
+    if isinstance(fn, Independent):
+        inner = apart(fn.base_dist)
+        return None if inner is None else ((type(fn), inner[0], fn.reinterpreted_batch_ndims), inner[1])
+    if not fn.arg_constraints:
+        return None
+    arguments, own = _arguments(fn), settings(fn)
+    if not arguments or own is None:
+        return None
+    values = [getattr(fn, argument, None) for argument in arguments]
+    if not all(isinstance(value, Tensor) and value.dim() > 0 for value in values):
+        return None
+    return (type(fn), tuple(arguments), tuple(own.items())), values
+
+
+def rebuilt(plan: Any, values: list[Tensor]) -> Distribution:
+    """The distribution of a kind that :func:`apart` found, with other parameters."""
+    kind, inner, last = plan
+    if issubclass(kind, Independent):
+        return kind(rebuilt(inner, values), last)
+    return kind(**dict(zip(inner, values, strict=True)), **dict(last))
+
+
 def concatenate(fns: list[Distribution]) -> Distribution | None:
     """One distribution over the rows of several of the same family, or ``None`` if they cannot be joined."""
-    head = fns[0]
     if len(fns) == 1:
-        return head
-    if any(type(fn) is not type(head) for fn in fns):
+        return fns[0]
+    found = [apart(fn) for fn in fns]
+    if any(part is None or part[0] != found[0][0] for part in found):
         return None
-    if isinstance(head, Independent):
-        base = concatenate([fn.base_dist for fn in fns])
-        return None if base is None else type(head)(base, head.reinterpreted_batch_ndims)
-    if isinstance(head, TorchDistribution) and not head.arg_constraints:
-        return None
-    arguments, own = _arguments(head), settings(head)
-    if not arguments or own is None or any(settings(fn) != own for fn in fns):
-        return None
-    values = {}
-    for argument in arguments:
-        parts = [getattr(fn, argument, None) for fn in fns]
-        if not all(isinstance(p, Tensor) and p.dim() > 0 for p in parts):
-            return None
-        values[argument] = torch.cat(parts)
     try:
-        return type(head)(**values, **own)
+        return rebuilt(found[0][0], [torch.cat(parts) for parts in zip(*(values for _, values in found), strict=True)])
     except TypeError:
         return None

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_seq.engine.families import apart, rebuilt
 from pyro_seq.engine.rows import check_rows
 from pyro_seq.engine.sites import Site, StepSites, draw
 from pyro_seq.engine.state import State, by_step, check_state, leaves, map_state
 from pyro_seq.sequences import Frame, Sequences, first_rows, repeat_rows
 
-__all__ = ["Between", "Checked", "Step", "Weigh", "Window", "advance", "forward", "is_due", "propagate", "refuse_scaled",
-           "same_latents", "simulate", "weighted_step"]
+__all__ = ["Between", "Checked", "Plan", "Step", "Weigh", "Window", "advance", "draw_step", "forward", "is_due", "propagate",
+           "refuse_scaled", "same_latents", "simulate", "weighted_step"]
 
 Between = Callable[[Frame, State, Any, Tensor], tuple[Tensor | None, Tensor]]
 """Called before step ``t >= 2`` with the frame to come, the states, the guide's encoding of the frame and the log weights
@@ -93,7 +94,8 @@ def step_log_weight(sites: dict[str, Site], frame: Frame) -> Tensor:
 
 
 def forward(model: Any, guide: Any, sequences: Sequences, num_particles: int = 1, between: Between | None = None,
-            score: bool = True, window: Window | None = None, weigh: Weigh | None = None) -> Iterator[Step]:
+            score: bool = True, window: Window | None = None, weigh: Weigh | None = None, plan: Plan | None = None
+            ) -> Iterator[Step]:
     """The forward loop over a packed batch, or over a window of it.
 
     :param model: a declared model, entered.
@@ -102,6 +104,7 @@ def forward(model: Any, guide: Any, sequences: Sequences, num_particles: int = 1
     :param score: compute weights; otherwise only draw the latents and advance the state, as cheaply as the model
         allows.
     :param weigh: what a step's log weight is, where its value or gradient is not that of log p - log q.
+    :param plan: for a loop that only draws, what earlier ones have shown of the model.
     """
     model.check_inputs(sequences)
     packed = sequences.packed
@@ -111,7 +114,7 @@ def forward(model: Any, guide: Any, sequences: Sequences, num_particles: int = 1
         if stop - start + 1 < sequences.num_steps:
             encodings = map_state(lambda leaf: leaf[:, start - 1:stop], encodings)
     encodings = by_step(map_state(packed.sort, encodings), stop - start + 1)
-    plan, checks, names = _Plan(), Checked(), None
+    plan, checks, names = Plan() if plan is None else plan, Checked(), None
     for frame in packed.frames(num_particles, start, stop):
         running = packed.counts[frame.t - 1]
         encoding = map_state(lambda leaf, n=running: repeat_rows(first_rows(leaf, n), num_particles),
@@ -126,7 +129,7 @@ def forward(model: Any, guide: Any, sequences: Sequences, num_particles: int = 1
             log_weights = step.log_weights
         else:
             with checks:
-                sites, after, auxiliary = _draw_step(model, guide, state, frame, encoding, plan)
+                sites, after, auxiliary = draw_step(model, guide, state, frame, encoding, plan)
             step = Step(frame, sites, state, after, None, None, auxiliary)
         state = step.state
         names = same_latents(model, names, step.sites, frame)
@@ -193,11 +196,13 @@ class Checked:
         Distribution.set_default_validate_args(self.usual)
 
 
-class _Plan:
+class Plan:
     """What the first whole steps of a drawing loop have shown of the model."""
 
     def __init__(self) -> None:
         self.seen = 0
+        self.supports: dict[str, Distribution] | None = {}
+        """Of one row, what the observed sites were observed from, to check other data by; ``None`` if it cannot be kept."""
         self.latents: tuple[str, ...] = ()
         """Names, in the order they are sampled."""
         self.state_is_latent = True
@@ -205,12 +210,16 @@ class _Plan:
 
     def see(self, sites: dict[str, Site], after: State) -> None:
         values = [site.value for site in sites.values() if not site.observed]
+        if self.seen == 0:
+            kept = {name: apart(site.p) for name, site in sites.items() if site.observed}
+            self.supports = None if None in kept.values() else {
+                name: rebuilt(kind, [value[:1].detach() for value in parameters]) for name, (kind, parameters) in kept.items()}
         self.seen += 1
         self.latents = tuple(name for name, site in sites.items() if not site.observed)
         self.state_is_latent = self.state_is_latent and len(values) == 1 and after is values[0]
 
 
-def _draw_step(model: Any, guide: Any, state: State, frame: Frame, encoding: Any, plan: _Plan
+def draw_step(model: Any, guide: Any, state: State, frame: Frame, encoding: Any, plan: Plan
                ) -> tuple[dict[str, Site], State, Tensor | None]:
     """Draw the latents and advance the state.
 

@@ -22,7 +22,7 @@ from pyro_seq.engine.sites import Site, StepSites
 from pyro_seq.engine.state import check_state, join_states, map_state
 from pyro_seq.sequences import Packed, Sequences, first_rows
 
-__all__ = ["Term", "score_contexts", "scores_in_one_call", "step_terms", "stepwise_terms", "terms"]
+__all__ = ["Term", "join", "score_contexts", "scores_in_one_call", "step_terms", "stepwise_terms", "term_of", "terms"]
 
 
 class Term(NamedTuple):
@@ -72,8 +72,8 @@ def terms(model: Any, packed: Packed, steps: list[Step], num_particles: int, ana
             _same_sites({n for n, site in part[-1].sites.items() if not site.observed}, scored.sites)
             for name, site in scored.sites.items():
                 drawn = [] if site.observed else [step.sites[name] for step in part]
-                found.setdefault(name, []).append(_term(site, drawn, analytic_kl, model.missing_feeds_state))
-    return [_join(parts) for parts in found.values()]
+                found.setdefault(name, []).append(term_of(site, drawn, analytic_kl, model.missing_feeds_state))
+    return [join(parts) for parts in found.values()]
 
 
 def score_contexts(model: Any, sequences: Sequences, window: Window) -> Step:
@@ -104,15 +104,16 @@ def stepwise_terms(model: Any, steps: list[Step], analytic_kl: bool) -> list[Ter
     for step in steps:
         for term in step_terms(model, step.sites, analytic_kl):
             found.setdefault(term.name, []).append(term)
-    return [_join(parts) for parts in found.values()]
+    return [join(parts) for parts in found.values()]
 
 
 def step_terms(model: Any, sites: dict[str, Site], analytic_kl: bool = False) -> list[Term]:
     """The terms of one step that the loop has scored."""
-    return [_term(site, [] if site.observed else [site], analytic_kl, model.missing_feeds_state) for site in sites.values()]
+    return [term_of(site, [] if site.observed else [site], analytic_kl, model.missing_feeds_state) for site in sites.values()]
 
 
-def _term(scored: Site, drawn: list[Site], analytic_kl: bool, imputed: bool) -> Term:
+def term_of(scored: Site, drawn: list[Site], analytic_kl: bool, imputed: bool) -> Term:
+    """What one site adds, from the site as the model sampled it and as it was drawn."""
     log_p = scored.log_p()
     if scored.observed:
         score = None
@@ -137,7 +138,8 @@ def _kl(q: Distribution, p: Distribution) -> Tensor | None:
         return None
 
 
-def _join(parts: list[Term]) -> Term:
+def join(parts: list[Term]) -> Term:
+    """The rows of several terms of one site, one after the other."""
     head = parts[0]
     if len(parts) == 1:
         return head

@@ -131,6 +131,8 @@ class StepSites(Messenger):
         if msg["is_observed"]:
             value = _observed_value(name, p, msg["value"], frame)
             present = _present(name, msg["value"], frame) if frame.missing else None
+            if present is not None and self.impute and present.all():  # nothing to draw
+                present = None
             if present is not None:
                 value = self.fill_gaps(name, p, value, present)
         elif name in self.values:
@@ -234,7 +236,7 @@ class PyroSites(Messenger):
              self.drawn.__setitem__(name, (msg["fn"], msg["value"])))
 
     def _observe(self, name: str, msg: dict[str, Any], raw: Tensor) -> None:
-        if self.frame.missing and (present := _present(name, raw, self.frame)) is not None:
+        if self.frame.missing and (present := _present(name, raw, self.frame)) is not None and not present.all():
             p = _rows_last(msg["fn"], self.frame.rows)
             filler = None
             if self.impute:
@@ -348,14 +350,12 @@ def check_support(name: str, p: Distribution, frame: Frame) -> None:
 
 
 def _present(name: str, value: Tensor, frame: Frame) -> Tensor | None:
-    """Booleans of the shape of ``value``, or ``None`` when nothing is missing."""
+    """Booleans of the shape of ``value``, or ``None`` where nothing can be missing."""
     if value.is_floating_point():
-        missing = value.isnan()
-        return ~missing if missing.any() else None
+        return ~value.isnan()
     for key, data in frame.x.items():
         if data is value:
-            observed = frame.observed.get(key)
-            return None if observed is None or observed.all() else observed
+            return frame.observed.get(key)
     if frame.observed:
         raise ValueError(f"site {name!r} observes a function of integer data with gaps: observe the data itself "
                          "(obs=x), or pass floating data with NaN")

@@ -81,7 +81,7 @@ def make_loss(name: str, num_particles: int, options: Mapping[str, Any]) -> Sequ
         >>> make_loss("fivo", 4, {"ess_threshold": 1.0})
         FIVO(num_particles=4, ess_threshold=1.0, resampling='systematic', resampling_gradient=False)
     """
-    _refuse_unknown(LOSSES[name], options, {"num_particles", "kl_weight"})
+    _refuse_unknown(LOSSES[name], options, {"num_particles", "kl_weight", "compile"})
     return LOSSES[name](num_particles, **options)
 
 

@@ -150,6 +150,8 @@ class AmortizedVariationalFilter(NetworkGuide):
         """The refined proposal of one step, and the free energies met on the way."""
         state = map_state(lambda leaf: leaf.detach(), state) if self.greedy else state
         training, greedy = torch.is_grad_enabled(), self.greedy
+        # Or the gradient by this step's parameters would be looked for in the graph of all steps before.
+        past = map_state(lambda leaf: leaf.detach(), state)
         # lambda = kept * prior + own, starting at the prior.
         kept = torch.ones(frame.rows, self._width(), dtype=self.dtype, device=frame.device)
         own = torch.zeros_like(kept)
@@ -160,14 +162,14 @@ class AmortizedVariationalFilter(NetworkGuide):
             if self.gradient or every:
                 with torch.enable_grad():
                     proposal.nudge = torch.zeros_like(own, requires_grad=True)
-                    energy = self._step_free_energy(state, frame, proposal)
+                    energy = self._step_free_energy(past, frame, proposal)
                     gradient = None if last else torch.autograd.grad(energy.sum(), proposal.nudge)[0]
                 energies.append(energy.detach())
                 if last:
                     break
             else:
                 with torch.no_grad():
-                    self._step_free_energy(state, frame, proposal)
+                    self._step_free_energy(past, frame, proposal)
             start, unit = proposal.joined(proposal.starts), proposal.joined(proposal.units)
             if training and greedy and k > 0:
                 # Each iteration is trained on its own free energy.

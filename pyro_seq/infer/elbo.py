@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_seq.engine.loop import Window
 from pyro_seq.engine.score import Term
-from pyro_seq.infer.loss import Bound, Drawn, SequenceLoss, auxiliary, draw_and_score
+from pyro_seq.infer.loss import Bound, Drawn, SequenceLoss, draw_and_score
 from pyro_seq.sequences import Packed, Sequences
 
 __all__ = ["SequentialELBO"]
@@ -31,6 +31,8 @@ class SequentialELBO(SequenceLoss):
     :param bool analytic_kl: use KL(q || p) of each step in closed form where known, at the drawn past.
     :param float kl_weight: weight of the latent terms, for annealing; an attribute that can be set between steps.
     :param float free_bits: nats a step below which a latent site's analytic KL is not penalised.
+
+    :param bool compile: run compiled steps, see :doc:`compile`.
 
     Source: Kingma and Welling, *Auto-Encoding Variational Bayes*, 2014; Kingma et al., *Improving Variational Inference
     with Inverse Autoregressive Flow*, 2016 (free bits).
@@ -55,8 +57,8 @@ class SequentialELBO(SequenceLoss):
     """
 
     def __init__(self, num_particles: int = 1, *, analytic_kl: bool = True, kl_weight: float = 1.0,
-                 free_bits: float = 0.0):
-        super().__init__(num_particles)
+                 free_bits: float = 0.0, compile: bool = False):
+        super().__init__(num_particles, compile)
         if free_bits < 0:
             raise ValueError(f"free_bits={free_bits}; it is a number of nats, at least 0")
         if free_bits > 0 and not analytic_kl:
@@ -72,10 +74,10 @@ class SequentialELBO(SequenceLoss):
                 "free_bits": float(self.free_bits)}
 
     def _bound(self, model: Any, guide: Any, sequences: Sequences, window: Window) -> Bound:
-        drawn = draw_and_score(model, guide, sequences, window, self.num_particles, self.analytic_kl)
+        drawn = draw_and_score(model, guide, sequences, window, self.num_particles, self.analytic_kl, self.compiler)
         bound, surrogate = self._value(drawn, sequences.packed, window)
         self.refuse_not_finite(bound, drawn, sequences.packed, window)
-        return Bound(bound, surrogate - auxiliary(drawn.steps), drawn.state)
+        return Bound(bound, surrogate - drawn.further(), drawn.state)
 
     def _value(self, drawn: Drawn, packed: Packed, window: Window) -> tuple[Tensor, Tensor]:
         """``(bound, surrogate)``: the bound of the batch, and what to differentiate for its gradient."""

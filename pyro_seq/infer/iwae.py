@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_seq.engine.loop import Window
 from pyro_seq.engine.score import Term
 from pyro_seq.engine.state import State
-from pyro_seq.infer.loss import Bound, SequenceLoss, auxiliary, draw_and_score
+from pyro_seq.infer.loss import Bound, SequenceLoss, draw_and_score
 from pyro_seq.infer.run import refuse_scaled
 from pyro_seq.sequences import Sequences
 
@@ -31,6 +31,7 @@ class IWAE(SequenceLoss):
     of a particle's draw at time t is the bound in which its weights from t on are the geometric mean of the others' (VIMCO).
 
     :param int num_particles: N.
+    :param bool compile: run compiled steps, see :doc:`compile`.
 
     Source: Burda, Grosse and Salakhutdinov, *Importance Weighted Autoencoders*, 2016; Mnih and Rezende, *Variational Inference
     for Monte Carlo Objectives*, 2016 (VIMCO).
@@ -81,7 +82,7 @@ def whole_trajectories(loss: SequenceLoss, model: Any, guide: Any, sequences: Se
     packed, carried = sequences.packed, window.state
     if isinstance(carried, Particles):
         window = window._replace(state=carried.state)
-    drawn = draw_and_score(model, guide, sequences, window, loss.num_particles, analytic_kl=False)
+    drawn = draw_and_score(model, guide, sequences, window, loss.num_particles, False, loss.compiler)
     for step in drawn.steps[:2]:
         refuse_scaled(model, step)
     running, ended = packed.counts[window.start - 1], packed.counts[window.stop - 1]
@@ -101,7 +102,7 @@ def whole_trajectories(loss: SequenceLoss, model: Any, guide: Any, sequences: Se
         ended_before = before + steps.cumsum(0) - steps
         baseline = held_out(ended_before.detach(), log_weights.detach().expand_as(steps)) - start[:, None]
         objective = objective + (by_time(given) * (bounds.detach()[:, None] - baseline)).sum()
-    return Bound(bounds.detach().sum(), objective - auxiliary(drawn.steps),
+    return Bound(bounds.detach().sum(), objective - drawn.further(),
                  Particles(drawn.state, log_weights[:ended].detach()))
 
 

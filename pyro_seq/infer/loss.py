@@ -10,6 +10,8 @@ from pyro import poutine
 from pyro.infer import ELBO
 from torch import Tensor
 
+from pyro_seq.engine.compiled import whole as compiled
+from pyro_seq.engine.compiled.compiler import Compiler
 from pyro_seq.engine.handlers import look_around
 from pyro_seq.engine.loop import Step, Window, forward
 from pyro_seq.engine.score import Term, score_contexts, scores_in_one_call, stepwise_terms, terms
@@ -46,11 +48,15 @@ class Drawn(NamedTuple):
     num_particles: int
     """1 for a model without latents, whose particles would be all the same."""
     steps: list[Step]
+    """Those that were run as written."""
+    state: State
+    """After the last step."""
+    auxiliary: Tensor | None
+    """The sum of the further objective that the guide had in these steps, to be minimised."""
 
-    @property
-    def state(self) -> State:
-        """After the last step."""
-        return self.steps[-1].state
+    def further(self) -> Tensor | float:
+        """That objective, or zero."""
+        return 0.0 if self.auxiliary is None else self.auxiliary
 
     def scores(self) -> Tensor | None:
         """``(rows,)`` log density of all draws without a pathwise gradient, if there are any."""
@@ -70,8 +76,8 @@ class Drawn(NamedTuple):
         return "no single site is not finite; the sum overflows"
 
 
-def draw_and_score(model: Any, guide: Any, sequences: Sequences, window: Window, num_particles: int, analytic_kl: bool
-                   ) -> Drawn:
+def draw_and_score(model: Any, guide: Any, sequences: Sequences, window: Window, num_particles: int, analytic_kl: bool,
+                   compiler: Compiler | None = None) -> Drawn:
     """Draw the latents of a window from the guide, without resampling, and score all its times in one call if that can be."""
     one_call = scores_in_one_call(model)
     if guide.greedy and not one_call:
@@ -79,14 +85,22 @@ def draw_and_score(model: Any, guide: Any, sequences: Sequences, window: Window,
                          f"{type(model).__name__} has dropout or batch normalisation in training mode, or comes from "
                          "from_pyro. Use preset='default'")
     steps: list[Step]
+    plan = None
+    if compiler is not None and one_call and not model.has_contexts():
+        whole = compiled.draw_and_score(compiler, model, guide, sequences, window, num_particles, analytic_kl)
+        if whole is not None:
+            return Drawn(whole.terms, num_particles, whole.first, whole.state, whole.auxiliary)
+        plan = compiler.plans[model, guide]
     if model.has_contexts() and not (sequences.has_missing and model.missing_feeds_state):
         num_particles = 1  # without latents all are the same
         steps, one_call = [score_contexts(model, sequences, window)], False
     else:
-        steps = list(forward(model, guide, sequences, num_particles, score=not one_call, window=window))
+        steps = list(forward(model, guide, sequences, num_particles, score=not one_call, window=window,
+                             plan=plan))
     found = (terms(model, sequences.packed, steps, num_particles, analytic_kl) if one_call else
              stepwise_terms(model, steps, analytic_kl))
-    return Drawn(found, num_particles, steps)
+    auxiliary = [step.auxiliary.sum() for step in steps if step.auxiliary is not None]
+    return Drawn(found, num_particles, steps, steps[-1].state, torch.stack(auxiliary).sum() if auxiliary else None)
 
 
 def auxiliary(steps: list[Step]) -> Tensor | float:
@@ -104,9 +118,10 @@ class SequenceLoss(ELBO):
     kl_weight = 1.0
     """Weight of the latent terms, which only :class:`~pyro_seq.SequentialELBO` anneals."""
 
-    def __init__(self, num_particles: int):
+    def __init__(self, num_particles: int, compile: bool = False):
         require_count("num_particles", num_particles, 1)
         super().__init__(num_particles=num_particles)
+        self.compiler = Compiler(type(self).__name__) if compile else None
 
     @property
     def kind(self) -> str:

@@ -13,10 +13,11 @@ from torch import Tensor, fx
 from tqdm import tqdm
 
 from pyro_seq.engine.compiled.nest import put_together, take_apart
+from pyro_seq.engine.compiled.products import use_faster_products
 from pyro_seq.engine.compiled.reads import Reads
-from pyro_seq.engine.compiled.trace import Noise, Untraceable, trace
+from pyro_seq.engine.compiled.trace import Noise, Untraceable, trace, unchanged_generator
 
-__all__ = ["Compiled", "Compiler", "Run"]
+__all__ = ["Compiled", "Compiler", "Run", "rounded"]
 
 _MOST = 16
 """Shapes that one function is compiled for; others run as written."""
@@ -31,6 +32,8 @@ class Compiled(NamedTuple):
     noise: list[Noise]
     plan: Any
     """How its results are put together."""
+    drawn_inside: bool
+    """Whether it draws random numbers itself."""
 
 
 class Compiler:
@@ -46,9 +49,13 @@ class Compiler:
         self.counts: dict[Hashable, int] = {}
         self.warned: set[str] = set()
         self.reads: dict[tuple[Any, ...], Reads] = {}
+        self.sizes: dict[Hashable, set[int]] = {}
+        self.plans: dict[tuple[Any, ...], Any] = {}
+        """By model and guide, what their first steps, run as written, have shown."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "known": {}, "counts": {}, "reads": {}}  # compiled code stays where it is
+        # Compiled code stays where it is.
+        return {**self.__dict__, "known": {}, "counts": {}, "reads": {}, "sizes": {}, "plans": {}}
 
     def run(self, *modules: Any) -> Run:
         """One run of the method, on modules that have been entered."""
@@ -81,17 +88,29 @@ class Run:
         self.state = (modules, values, tuple(map(_form, self.live)), torch.get_num_threads(), torch.is_grad_enabled())
         self.state_hash = hash(self.state)
 
+    def size(self, name: str, rows: int) -> int:
+        """A number of rows, at least ``rows``, that a function is compiled for: the first two as they are, then every eighth of
+        a power of two."""
+        sizes = self.compiler.sizes.setdefault((name, self.reads), set())
+        if rows not in sizes and len(sizes) >= 2:
+            return rounded(rows)
+        sizes.add(rows)
+        return rows
+
     def key(self, name: str, plan: Hashable, inputs: list[Tensor]) -> Hashable:
         return _Key(self, (name, plan, tuple([(v.shape, v.stride(), v.dtype, v.device) for v in inputs])))
 
-    def look_up(self, name: str, key: Hashable, make: Callable[[], Any]) -> Any:
+    def look_up(self, name: str, key: Hashable, make: Callable[[], Any], checked: bool = False) -> Any:
         """What is known under ``key``, made where nothing is: the second time, since the first run as written checks what the
-        user wrote; ``None`` where there is nothing but the function as written."""
+        user wrote; ``None`` where there is nothing but the function as written.
+
+        :param checked: that has been done already.
+        """
         known, counts = self.compiler.known, self.compiler.counts
         if key in known:
             return known[key]
         family = (name, self.reads)
-        if key not in counts:
+        if key not in counts and not checked:
             counts[key] = 1
             return None
         if counts.get(family, 0) >= _MOST:
@@ -101,7 +120,7 @@ class Run:
             return None
         counts[family] = counts.get(family, 0) + 1
         try:
-            with unchanged(self):
+            with unchanged(self), unchanged_generator(self.live):
                 known[key] = make()
         except Untraceable as error:
             self.compiler.warn(name, str(error))
@@ -129,7 +148,8 @@ class Run:
 
         graph = trace(flat, inputs, self.live)
         examples = [*inputs, *(self.live[index] for index in graph.live), *(part.draw() for part in graph.noise)]
-        return Compiled(self.compiler.build(graph.module, examples), graph.live, graph.noise, result[0])
+        return Compiled(self.compiler.build(graph.module, examples), graph.live, graph.noise, result[0],
+                        graph.random)
 
 
 class _Key:
@@ -146,12 +166,18 @@ class _Key:
         return isinstance(other, _Key) and self.call == other.call and (self.state is other.state or self.state == other.state)
 
 
+def rounded(rows: int) -> int:
+    """The next eighth of a power of two."""
+    step = max(1, 2 ** (rows.bit_length() - 4))
+    return -(-rows // step) * step
+
+
 def _form(value: Tensor) -> Hashable:
     return tuple(value.shape), value.stride(), value.dtype, value.device, value.requires_grad
 
 
 @contextmanager
-def unchanged(run: Run):  # noqa: ANN201
+def unchanged(run: Run):
     """Raise if the step changes what it reads."""
     yield
     if run.reads.now()[1] != run.state[1]:
@@ -163,6 +189,7 @@ def _build(module: fx.GraphModule, examples: list[Tensor]) -> Callable[..., Any]
     import torch._inductor as inductor
 
     examples = [value.detach() for value in examples]
+    use_faster_products(module)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -170,5 +197,6 @@ def _build(module: fx.GraphModule, examples: list[Tensor]) -> Callable[..., Any]
     except Exception as error:
         text = str(error).split("\n")[0]
         if "compiler" in text.lower() or "CXX" in text:
-            text = f"there is no working C++ compiler ({text}): install g++ or clang, or name one by CXX={os.environ.get('CXX', '')}"
+            text = (f"there is no working C++ compiler ({text}): install g++ or clang, or name one by the environment variable "
+                    f"CXX, which is {os.environ.get('CXX')!r}")
         raise Untraceable(text) from error

@@ -55,8 +55,10 @@ def cut(module: fx.GraphModule, outputs: int, inputs: int, given: list[fx.Node],
     out, to_inputs, to_weights = results[:outputs], results[outputs:outputs + inputs], results[outputs + inputs:]
     backward, rows = _after(graph, given), _after(graph, of_rows)
     nodes = list(graph.nodes)
-    states = [n for n in nodes if n in backward and n.op != "placeholder" and n in _before(to_inputs)]
-    weights = [n for n in nodes if n in backward and n.op != "placeholder" and n in _before(to_weights) and n not in set(states)]
+    before_states, before_weights = _before(to_inputs), _before(to_weights)
+    computed = [n for n in nodes if n in backward and n.op != "placeholder"]
+    states = [n for n in computed if n in before_states]
+    weights = [n for n in computed if n in before_weights and n not in before_states]
 
     def roots(part: Iterable[fx.Node], ends: Iterable[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
         """What is done again in a part, and what it takes from outside."""

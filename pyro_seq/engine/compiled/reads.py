@@ -50,9 +50,8 @@ class Reads:
         tensors: list[Tensor] = []
         key: list[Hashable] = []
         for root in self.roots:
-            for name, value in (root.__dict__.get("_values") or {}).items():
-                if isinstance(value, Tensor):
-                    tensors.append(value)
+            entered = root.__dict__.get("_values") or {}
+            tensors.extend(value for value in entered.values() if isinstance(value, Tensor))
         for module in self.modules:
             key.append(module.training)
             tensors.extend(value for value in module._parameters.values() if value is not None)

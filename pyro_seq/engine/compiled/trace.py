@@ -9,18 +9,19 @@ from __future__ import annotations
 import random
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyro
 import torch
 from torch import Tensor, fx
 from torch.distributions import Distribution
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
 
-__all__ = ["Graph", "Noise", "Untraceable", "trace"]
+__all__ = ["Graph", "Noise", "Untraceable", "trace", "unchanged_generator"]
 
 _aten = torch.ops.aten
 # Random operators whose numbers depend on nothing that is computed, and the method that draws them in place.
@@ -55,6 +56,8 @@ class Graph(NamedTuple):
     """Takes the inputs, then the live tensors at ``live``, then the noise."""
     live: list[int]
     noise: list[Noise]
+    random: bool
+    """Whether it draws random numbers itself."""
 
 
 def trace(fn: Callable[..., list[Tensor]], inputs: list[Tensor], live: list[Tensor]) -> Graph:
@@ -65,9 +68,8 @@ def trace(fn: Callable[..., list[Tensor]], inputs: list[Tensor], live: list[Tens
     """
     versions = [value._version for value in live]
     python, numpy = random.getstate(), np.random.get_state()[1].copy()
-    devices = sorted({value.device for value in inputs if value.device.type == "cuda"}, key=str)
     usual = bool(pyro.settings.get("validate_distributions_torch"))
-    with torch.random.fork_rng(devices):
+    with unchanged_generator(inputs):
         try:
             Distribution.set_default_validate_args(False)
             found = make_fx(lambda *given: fn(*given[:len(inputs)]))(*inputs, *live)
@@ -76,14 +78,20 @@ def trace(fn: Callable[..., list[Tensor]], inputs: list[Tensor], live: list[Tens
         finally:
             Distribution.set_default_validate_args(usual)
     if random.getstate() != python or not (np.random.get_state()[1] == numpy).all():
-        raise Untraceable("it draws random numbers of Python or numpy, which a graph would draw once and for all: use pyro.sample")
+        raise Untraceable("it draws random numbers of Python or numpy, which a graph would draw once and for all: use "
+                          "pyro.sample")
     if versions != [value._version for value in live]:
         raise Untraceable("it changes a tensor in place, as batch normalisation in training mode does its averages")
     _refuse_strangers(found)
-    with torch.random.fork_rng(devices), torch.no_grad():
+    with unchanged_generator(inputs), torch.no_grad():
         found = make_fx(functionalize(found))(*(value.detach() for value in (*inputs, *live)))
     _simplify(found)
     return _gathered(found, len(inputs))
+
+
+def unchanged_generator(tensors: list[Tensor]) -> AbstractContextManager[None]:
+    """Random numbers drawn inside are as if they had not been."""
+    return torch.random.fork_rng(sorted({value.device for value in tensors if value.device.type == "cuda"}, key=str))
 
 
 def _refuse_strangers(module: fx.GraphModule) -> None:
@@ -93,8 +101,8 @@ def _refuse_strangers(module: fx.GraphModule) -> None:
             for user in node.users:
                 if user.target not in (_aten.lift_fresh_copy.default, _aten.lift_fresh.default):
                     shape = tuple(getattr(module, node.target).shape)
-                    raise Untraceable(f"it reads a tensor of shape {shape} that is no attribute of the model or guide: keep it as "
-                                      "a parameter, a buffer or another attribute")
+                    raise Untraceable(f"it reads a tensor of shape {shape} that is no attribute of the model or guide: keep it "
+                                      "as a parameter, a buffer or another attribute")
 
 
 def _simplify(module: fx.GraphModule) -> None:
@@ -111,7 +119,7 @@ def _simplify(module: fx.GraphModule) -> None:
                 node.replace_all_uses_with(number)
                 graph.erase_node(node)
                 node = number
-        if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        if node.op != "call_function" or _is_random(node):
             continue
         key = (node.target, repr(node.args), repr(node.kwargs))
         if key in seen:
@@ -132,13 +140,16 @@ def _gathered(module: fx.GraphModule, inputs: int) -> Graph:
             graph.erase_node(node)
     noise = _hoist(graph)
     module.recompile()
-    return Graph(module, live, noise)
+    return Graph(module, live, noise, any(map(_is_random, graph.nodes)))
+
+
+def _is_random(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _hoist(graph: fx.Graph) -> list[Noise]:
     """Make inputs of the random numbers, if that can be said of all of them: else the graph draws them all, in order."""
-    drawn = [node for node in graph.nodes if node.op == "call_function"
-             and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())]
+    drawn = [node for node in graph.nodes if _is_random(node)]
     if any(node.target not in _DRAWN and node.target is not _aten.normal.Tensor_Tensor for node in drawn):
         return []
     noise = []
