@@ -1,0 +1,297 @@
+"""The same computations by hand in JAX, jitted: one training step of three models, and a bootstrap particle filter.
+
+What a model's training step need not do within its scan over time is done outside, for all times at once: the encodings of the
+data, all scores, and the gradients of the weights that the scan uses (:func:`_scan`). Weights are those of the torch modules,
+noise is an argument, and :func:`same` holds loss and gradients against ours. Everything is float32. Where JAX is not installed,
+:func:`training_step` and :func:`particle_filter` return ``None``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+import pyro_seq as seq
+from benchmarks import elbo, filters
+from pyro_seq.models import SRNN, VRNN
+
+__all__ = ["Trained", "particle_filter", "same", "training_step"]
+
+
+class Trained(NamedTuple):
+    """A compiled training step."""
+
+    loss_and_grads: Callable[[np.ndarray], tuple[Any, dict[str, Any]]]
+    """Of noise ``(T, B, latent)``: the loss, and its gradients by parameter, those of ``weight`` matrices transposed."""
+    run: Callable[[], Any]
+    """The same with noise of its own, to be timed."""
+
+
+def training_step(model: Any, guide: seq.FilteringGuide, x: torch.Tensor) -> Trained | None:
+    """Loss and gradients of a model's bound (one sample, no analytic KL).
+
+    :param model: a :class:`benchmarks.elbo.DeepMarkov`, ``VRNN`` or ``SRNN``.
+    :param guide: not residual; with a GRU over the data or without.
+    :param x: ``(B, T, notes)`` of zeros and ones.
+    """
+    try:
+        import jax
+    except ImportError:
+        return None
+    bounds = {elbo.DeepMarkov: _deep_markov, VRNN: _vrnn, SRNN: _srnn}
+    units = _Units(*(_affine(module) for module in (guide.frame_units, guide.state_units, guide.parameter_units["z"])))
+    weights = {name: jax.numpy.asarray(_turned(name, value.detach())) for name, value in _parameters(model, guide).items()}
+    data = jax.numpy.asarray(x.transpose(0, 1).contiguous().numpy())
+    latent = len(guide.parameter_units["z"].center) // 2
+    step = jax.value_and_grad(lambda w, x, noise: bounds[type(model)](w, x, noise, units))
+    given = jax.jit(step)
+    drawn = jax.jit(lambda w, x, key: step(w, x, jax.random.normal(key, (*x.shape[:2], latent), "float32")))
+    keys = iter(jax.random.split(jax.random.key(0), 100_000))
+    return Trained(lambda noise: given(weights, data, noise), lambda: jax.block_until_ready(drawn(weights, data, next(keys))))
+
+
+def same(trained: Trained, loss: seq.SequentialELBO, model: Any, guide: seq.FilteringGuide, x: torch.Tensor) -> float:
+    """The relative difference of the losses with the same noise.
+
+    :raises ValueError: if it is above 1e-4, or the gradients differ by more than 1e-3 of their size.
+    """
+    batch, steps = x.shape[:2]
+    latent = len(guide.parameter_units["z"].center) // 2
+    parameters = _parameters(model, guide)
+    torch.manual_seed(0)
+    noise = torch.stack([torch.empty(batch, latent).normal_() for _ in range(steps)])
+    for parameter in parameters.values():
+        parameter.grad = None
+    torch.manual_seed(0)
+    ours = loss.loss_and_grads(model, guide, seq.Sequences.of(x))
+    theirs, gradients = trained.loss_and_grads(noise.numpy())
+    difference = abs(float(theirs) - ours) / abs(ours)
+    if not difference < 1e-4:
+        raise ValueError(f"{type(model).__name__}: the loss is {ours} in torch and {float(theirs)} in JAX")
+    for name, parameter in parameters.items():
+        found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        found, other = _turned(name, found), np.asarray(gradients[name])
+        if not np.linalg.norm(found - other) <= 1e-3 * np.linalg.norm(found) + 1e-5:
+            raise ValueError(f"{type(model).__name__}: the gradient of {name} differs by {np.linalg.norm(found - other)} of "
+                             f"{np.linalg.norm(found)}")
+        parameter.grad = None
+    return difference
+
+
+class _Units(NamedTuple):
+    """The affine maps of the guide, each ``(shift, scale)`` and their inverse; ``None`` for the identity."""
+
+    frame: tuple | None
+    state: tuple | None
+    parameters: tuple | None
+
+
+def _affine(module: Any) -> tuple | None:
+    return None if module.unit else tuple(v.numpy() for v in (module.shift, module.scale, module.center, module.spread))
+
+
+def _parameters(model: Any, guide: Any) -> dict[str, torch.Tensor]:
+    return {f"{prefix}.{name}": value for prefix, module in (("model", model), ("guide", guide))
+            for name, value in module.named_parameters()}
+
+
+def _turned(name: str, value: torch.Tensor) -> np.ndarray:
+    """Matrices as ``(inputs, outputs)``."""
+    return np.ascontiguousarray(value.numpy().T if "weight" in name else value.numpy())
+
+
+def _in(units: tuple | None, value: Any) -> Any:
+    return value if units is None else units[0] + value * units[1]
+
+
+def _out(units: tuple | None, value: Any) -> Any:
+    return value if units is None else units[2] + value * units[3]
+
+
+def _linear(w: dict[str, Any], name: str, value: Any) -> Any:
+    return value @ w[f"{name}.weight"] + w[f"{name}.bias"]
+
+
+def _mlp(w: dict[str, Any], name: str, value: Any, layers: int = 1) -> Any:
+    from jax.nn import relu
+
+    for layer in range(layers):
+        value = relu(_linear(w, f"{name}.{2 * layer}", value))
+    return _linear(w, f"{name}.{2 * layers}", value)
+
+
+def _scan(step: Callable, weights: dict[str, tuple[Any, Any]], carry: Any, inputs: Any) -> Any:
+    """``lax.scan`` whose weights get their gradients from one matrix product over all times, not from one a step.
+
+    :param step: ``(linear, carry, input) -> (carry, output)``, which applies a weight as ``linear(value, name)``.
+    :param weights: matrices and their biases, or ``None``.
+    """
+    import jax
+
+    biased = {name for name, (_, bias) in weights.items() if bias is not None}
+
+    def forward(weights: dict[str, tuple[Any, Any]], taps: dict[str, Any], carry: Any, inputs: Any) -> tuple[Any, Any]:
+        def body(carry: Any, now: tuple) -> tuple[Any, Any]:
+            now, tap = now
+            read = {}
+
+            def linear(value: Any, name: str) -> Any:
+                matrix, bias = weights[name]
+                read[name] = value
+                return value @ matrix + (tap[name] if bias is None else tap[name] + bias)
+
+            carry, out = step(linear, carry, now)
+            return carry, (out, read)
+
+        return jax.lax.scan(body, carry, (inputs, taps))[1]
+
+    @jax.custom_vjp
+    def run(weights: dict[str, tuple[Any, Any]], carry: Any, inputs: Any) -> Any:
+        return pull_back(weights, carry, inputs)[0]
+
+    def pull_back(weights: dict[str, tuple[Any, Any]], carry: Any, inputs: Any) -> tuple:
+        steps, rows = jax.tree.leaves(inputs)[0].shape[:2]
+        taps = {name: jax.numpy.zeros((steps, rows, matrix.shape[1]), matrix.dtype) for name, (matrix, _) in weights.items()}
+        out, back, read = jax.vjp(lambda *given: forward(weights, *given), taps, carry, inputs, has_aux=True)
+        return out, (back, read)
+
+    def backward(kept: tuple, gradient: Any) -> tuple:
+        back, read = kept
+        deltas, carry, inputs = back(gradient)
+        return {name: (jax.numpy.einsum("tbi,tbo->io", read[name], delta), delta.sum((0, 1)) if name in biased else None)
+                for name, delta in deltas.items()}, carry, inputs
+
+    run.defvjp(pull_back, backward)
+    return run(weights, carry, inputs)
+
+
+def _gru(w: dict[str, Any], name: str, x: Any, suffix: str = "_l0") -> Any:
+    """``(T, B, hidden)`` from ``(T, B, inputs)``."""
+    import jax.numpy as jnp
+
+    gates = x @ w[f"{name}.weight_ih{suffix}"] + w[f"{name}.bias_ih{suffix}"]
+
+    def step(linear: Callable, h: Any, gates: Any) -> tuple[Any, Any]:
+        h = _gru_cell(gates, linear(h, "hh"), h)
+        return h, h
+
+    start = jnp.zeros((x.shape[1], gates.shape[2] // 3), "float32")
+    return _scan(step, {"hh": (w[f"{name}.weight_hh{suffix}"], w[f"{name}.bias_hh{suffix}"])}, start, gates)
+
+
+def _gru_cell(from_input: Any, from_state: Any, h: Any) -> Any:
+    import jax.numpy as jnp
+    from jax.nn import sigmoid
+
+    r, u, n = jnp.split(from_input, 3, -1)
+    r_h, u_h, n_h = jnp.split(from_state, 3, -1)
+    u = sigmoid(u + u_h)
+    return (1 - u) * jnp.tanh(n + sigmoid(r + r_h) * n_h) + u * h
+
+
+def _encoded(w: dict[str, Any], x: Any, units: _Units) -> Any:
+    """What the data adds to the guide's head, at all times."""
+    import jax.numpy as jnp
+
+    frames = jnp.concatenate([_in(units.frame, x), jnp.ones((*x.shape[:2], 1), "float32")], -1)
+    if "guide.rnn.weight_hh_l0" in w:
+        frames = jnp.concatenate([frames, _gru(w, "guide.rnn", frames)], -1)
+    return _linear(w, "guide.heads.site_z.known", frames)
+
+
+def _draw(linear: Callable, prepared: Any, noise: Any, units: _Units) -> tuple[Any, Any]:
+    """A latent and the logarithm of its scale, of the head's first layer."""
+    import jax.numpy as jnp
+    from jax.nn import elu
+
+    hidden, direct = jnp.split(prepared, [prepared.shape[-1] - 2 * noise.shape[-1]], -1)
+    loc, log_scale = jnp.split(_out(units.parameters, direct + linear(elu(hidden), "output")), 2, -1)
+    return loc + jnp.exp(log_scale) * noise, log_scale
+
+
+def _moments(w: dict[str, Any], name: str, value: Any) -> tuple[Any, Any]:
+    """Of a hidden layer and a ``NormalHead``."""
+    import jax.numpy as jnp
+    from jax.nn import relu, softplus
+
+    loc, spread = jnp.split(_linear(w, f"{name}.2.linear", relu(_linear(w, f"{name}.0", value))), 2, -1)
+    return loc, softplus(spread)
+
+
+def _loss(z: Any, noise: Any, log_scale: Any, prior: tuple[Any, Any], logits: Any, x: Any) -> Any:
+    import jax.numpy as jnp
+    from jax.nn import softplus
+
+    loc, scale = prior
+    log_p = -0.5 * ((z - loc) / scale) ** 2 - jnp.log(scale)
+    log_q = -0.5 * noise ** 2 - log_scale
+    return (log_q - log_p).sum() + (softplus(logits) - x * logits).sum()
+
+
+def _deep_markov(w: dict[str, Any], x: Any, noise: Any, units: _Units) -> Any:
+    import jax.numpy as jnp
+    from jax.nn import relu, sigmoid, softplus
+
+    def step(linear: Callable, features: Any, now: tuple) -> tuple[Any, Any]:
+        prepared, noise = now
+        z, log_scale = _draw(linear, prepared + linear(features, "added"), noise, units)
+        return _in(units.state, z), (z, log_scale)
+
+    weights = {name: (w[f"guide.heads.site_z.{name}"], None) for name in ("added", "output")}
+    z, log_scale = _scan(step, weights, jnp.zeros_like(noise[0]), (_encoded(w, x, units), noise))
+    before = z[:-1]
+    gate, proposed = sigmoid(_mlp(w, "model.gated.gate", before)), _mlp(w, "model.gated.proposed", before)
+    loc = (1 - gate) * _linear(w, "model.gated.linear", before) + gate * proposed
+    scale = softplus(_linear(w, "model.gated.spread", relu(proposed))) + 1e-3
+    first = jnp.broadcast_to(w["model.loc"], z[:1].shape), jnp.broadcast_to(jnp.exp(w["model.log_scale"]), z[:1].shape)
+    prior = tuple(jnp.concatenate(parts) for parts in zip(first, (loc, scale), strict=True))
+    return _loss(z, noise, log_scale, prior, _mlp(w, "model.decoder", z, layers=2), x)
+
+
+def _vrnn(w: dict[str, Any], x: Any, noise: Any, units: _Units) -> Any:
+    import jax.numpy as jnp
+    from jax.nn import relu
+
+    features = relu(_linear(w, "model.embed_x.0", x))
+    hidden = features.shape[-1]
+    gates = features @ w["model.gru.weight_ih"][:hidden] + w["model.gru.bias_ih"]
+
+    def step(linear: Callable, h: Any, now: tuple) -> tuple[Any, Any]:
+        prepared, gates, noise = now
+        z, log_scale = _draw(linear, prepared + linear(_in(units.state, h), "added"), noise, units)
+        embedded = relu(linear(z, "embed"))
+        after = _gru_cell(gates + linear(embedded, "ih"), linear(h, "hh"), h)
+        return after, (h, z, log_scale, embedded)
+
+    weights = {"added": (w["guide.heads.site_z.added"], None), "output": (w["guide.heads.site_z.output"], None),
+               "embed": (w["model.embed_z.0.weight"], w["model.embed_z.0.bias"]),
+               "ih": (w["model.gru.weight_ih"][hidden:], None), "hh": (w["model.gru.weight_hh"], w["model.gru.bias_hh"])}
+    start = jnp.broadcast_to(w["model.h_0"], (x.shape[1], hidden))
+    h, z, log_scale, embedded = _scan(step, weights, start, (_encoded(w, x, units), gates, noise))
+    logits = _mlp(w, "model.emit.network", jnp.concatenate([embedded, h], -1))
+    return _loss(z, noise, log_scale, _moments(w, "model.prior", h), logits, x)
+
+
+def _srnn(w: dict[str, Any], x: Any, noise: Any, units: _Units) -> Any:
+    import jax.numpy as jnp
+
+    d = _gru(w, "model.gru", jnp.concatenate([jnp.zeros_like(x[:1]), x[:-1]]))
+    hidden = d.shape[-1]
+    of_d, of_z = (None, None) if units.state is None else (
+        tuple(v[:hidden] for v in units.state), tuple(v[hidden:] for v in units.state))
+    added = w["guide.heads.site_z.added"]
+    prepared = _encoded(w, x, units) + _in(of_d, d) @ added[:hidden]
+
+    def step(linear: Callable, before: Any, now: tuple) -> tuple[Any, Any]:
+        prepared, noise = now
+        z, log_scale = _draw(linear, prepared + linear(_in(of_z, before), "added"), noise, units)
+        return z, (before, z, log_scale)
+
+    weights = {"added": (added[hidden:], None), "output": (w["guide.heads.site_z.output"], None)}
+    before, z, log_scale = _scan(step, weights, jnp.zeros_like(noise[0]), (prepared, noise))
+    prior = _moments(w, "model.prior", jnp.concatenate([before, d], -1))
+    return _loss(z, noise, log_scale, prior, _mlp(w, "model.emit.network", jnp.concatenate([z, d], -1)), x)
