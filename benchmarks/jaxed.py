@@ -1,7 +1,7 @@
 """The same computations by hand in JAX, jitted: one training step of three models, and a bootstrap particle filter.
 
 What a model's training step need not do within its scan over time is done outside, for all times at once: the encodings of the
-data, all scores, and the gradients of the weights that the scan uses (:func:`_scan`). Weights are those of the torch modules,
+data, and all scores. Weights are those of the torch modules,
 noise is an argument, and :func:`same` holds loss and gradients against ours. Everything is float32. Where JAX is not installed,
 :func:`training_step` and :func:`particle_filter` return ``None``.
 """
@@ -124,49 +124,12 @@ def _mlp(w: dict[str, Any], name: str, value: Any, layers: int = 1) -> Any:
     return _linear(w, f"{name}.{2 * layers}", value)
 
 
-def _scan(step: Callable, weights: dict[str, tuple[Any, Any]], carry: Any, inputs: Any) -> Any:
-    """``lax.scan`` whose weights get their gradients from one matrix product over all times, not from one a step.
-
-    :param step: ``(linear, carry, input) -> (carry, output)``, which applies a weight as ``linear(value, name)``.
-    :param weights: matrices and their biases, or ``None``.
-    """
+def _scan(step: Callable, carry: Any, inputs: Any) -> Any:
+    """The outputs of a scan over time. Four steps a turn were fastest of 1, 4 and 10; gathering the gradients of the weights in
+    one product over all times, instead of one a step, gained nothing."""
     import jax
 
-    biased = {name for name, (_, bias) in weights.items() if bias is not None}
-
-    def forward(weights: dict[str, tuple[Any, Any]], taps: dict[str, Any], carry: Any, inputs: Any) -> tuple[Any, Any]:
-        def body(carry: Any, now: tuple) -> tuple[Any, Any]:
-            now, tap = now
-            read = {}
-
-            def linear(value: Any, name: str) -> Any:
-                matrix, bias = weights[name]
-                read[name] = value
-                return value @ matrix + (tap[name] if bias is None else tap[name] + bias)
-
-            carry, out = step(linear, carry, now)
-            return carry, (out, read)
-
-        return jax.lax.scan(body, carry, (inputs, taps))[1]
-
-    @jax.custom_vjp
-    def run(weights: dict[str, tuple[Any, Any]], carry: Any, inputs: Any) -> Any:
-        return pull_back(weights, carry, inputs)[0]
-
-    def pull_back(weights: dict[str, tuple[Any, Any]], carry: Any, inputs: Any) -> tuple:
-        steps, rows = jax.tree.leaves(inputs)[0].shape[:2]
-        taps = {name: jax.numpy.zeros((steps, rows, matrix.shape[1]), matrix.dtype) for name, (matrix, _) in weights.items()}
-        out, back, read = jax.vjp(lambda *given: forward(weights, *given), taps, carry, inputs, has_aux=True)
-        return out, (back, read)
-
-    def backward(kept: tuple, gradient: Any) -> tuple:
-        back, read = kept
-        deltas, carry, inputs = back(gradient)
-        return {name: (jax.numpy.einsum("tbi,tbo->io", read[name], delta), delta.sum((0, 1)) if name in biased else None)
-                for name, delta in deltas.items()}, carry, inputs
-
-    run.defvjp(pull_back, backward)
-    return run(weights, carry, inputs)
+    return jax.lax.scan(step, carry, inputs, unroll=4)[1]
 
 
 def _gru(w: dict[str, Any], name: str, x: Any, suffix: str = "_l0") -> Any:
@@ -175,12 +138,12 @@ def _gru(w: dict[str, Any], name: str, x: Any, suffix: str = "_l0") -> Any:
 
     gates = x @ w[f"{name}.weight_ih{suffix}"] + w[f"{name}.bias_ih{suffix}"]
 
-    def step(linear: Callable, h: Any, gates: Any) -> tuple[Any, Any]:
-        h = _gru_cell(gates, linear(h, "hh"), h)
+    def step(h: Any, gates: Any) -> tuple[Any, Any]:
+        h = _gru_cell(gates, h @ w[f"{name}.weight_hh{suffix}"] + w[f"{name}.bias_hh{suffix}"], h)
         return h, h
 
     start = jnp.zeros((x.shape[1], gates.shape[2] // 3), "float32")
-    return _scan(step, {"hh": (w[f"{name}.weight_hh{suffix}"], w[f"{name}.bias_hh{suffix}"])}, start, gates)
+    return _scan(step, start, gates)
 
 
 def _gru_cell(from_input: Any, from_state: Any, h: Any) -> Any:
@@ -203,13 +166,13 @@ def _encoded(w: dict[str, Any], x: Any, units: _Units) -> Any:
     return _linear(w, "guide.heads.site_z.known", frames)
 
 
-def _draw(linear: Callable, prepared: Any, noise: Any, units: _Units) -> tuple[Any, Any]:
+def _draw(w: dict[str, Any], prepared: Any, noise: Any, units: _Units) -> tuple[Any, Any]:
     """A latent and the logarithm of its scale, of the head's first layer."""
     import jax.numpy as jnp
     from jax.nn import elu
 
     hidden, direct = jnp.split(prepared, [prepared.shape[-1] - 2 * noise.shape[-1]], -1)
-    loc, log_scale = jnp.split(_out(units.parameters, direct + linear(elu(hidden), "output")), 2, -1)
+    loc, log_scale = jnp.split(_out(units.parameters, direct + elu(hidden) @ w["guide.heads.site_z.output"]), 2, -1)
     return loc + jnp.exp(log_scale) * noise, log_scale
 
 
@@ -236,13 +199,12 @@ def _deep_markov(w: dict[str, Any], x: Any, noise: Any, units: _Units) -> Any:
     import jax.numpy as jnp
     from jax.nn import relu, sigmoid, softplus
 
-    def step(linear: Callable, features: Any, now: tuple) -> tuple[Any, Any]:
+    def step(features: Any, now: tuple) -> tuple[Any, Any]:
         prepared, noise = now
-        z, log_scale = _draw(linear, prepared + linear(features, "added"), noise, units)
+        z, log_scale = _draw(w, prepared + features @ w["guide.heads.site_z.added"], noise, units)
         return _in(units.state, z), (z, log_scale)
 
-    weights = {name: (w[f"guide.heads.site_z.{name}"], None) for name in ("added", "output")}
-    z, log_scale = _scan(step, weights, jnp.zeros_like(noise[0]), (_encoded(w, x, units), noise))
+    z, log_scale = _scan(step, jnp.zeros_like(noise[0]), (_encoded(w, x, units), noise))
     before = z[:-1]
     gate, proposed = sigmoid(_mlp(w, "model.gated.gate", before)), _mlp(w, "model.gated.proposed", before)
     loc = (1 - gate) * _linear(w, "model.gated.linear", before) + gate * proposed
@@ -260,18 +222,16 @@ def _vrnn(w: dict[str, Any], x: Any, noise: Any, units: _Units) -> Any:
     hidden = features.shape[-1]
     gates = features @ w["model.gru.weight_ih"][:hidden] + w["model.gru.bias_ih"]
 
-    def step(linear: Callable, h: Any, now: tuple) -> tuple[Any, Any]:
+    def step(h: Any, now: tuple) -> tuple[Any, Any]:
         prepared, gates, noise = now
-        z, log_scale = _draw(linear, prepared + linear(_in(units.state, h), "added"), noise, units)
-        embedded = relu(linear(z, "embed"))
-        after = _gru_cell(gates + linear(embedded, "ih"), linear(h, "hh"), h)
+        z, log_scale = _draw(w, prepared + _in(units.state, h) @ w["guide.heads.site_z.added"], noise, units)
+        embedded = relu(_linear(w, "model.embed_z.0", z))
+        gates = gates + embedded @ w["model.gru.weight_ih"][hidden:]
+        after = _gru_cell(gates, h @ w["model.gru.weight_hh"] + w["model.gru.bias_hh"], h)
         return after, (h, z, log_scale, embedded)
 
-    weights = {"added": (w["guide.heads.site_z.added"], None), "output": (w["guide.heads.site_z.output"], None),
-               "embed": (w["model.embed_z.0.weight"], w["model.embed_z.0.bias"]),
-               "ih": (w["model.gru.weight_ih"][hidden:], None), "hh": (w["model.gru.weight_hh"], w["model.gru.bias_hh"])}
     start = jnp.broadcast_to(w["model.h_0"], (x.shape[1], hidden))
-    h, z, log_scale, embedded = _scan(step, weights, start, (_encoded(w, x, units), gates, noise))
+    h, z, log_scale, embedded = _scan(step, start, (_encoded(w, x, units), gates, noise))
     logits = _mlp(w, "model.emit.network", jnp.concatenate([embedded, h], -1))
     return _loss(z, noise, log_scale, _moments(w, "model.prior", h), logits, x)
 
@@ -286,12 +246,68 @@ def _srnn(w: dict[str, Any], x: Any, noise: Any, units: _Units) -> Any:
     added = w["guide.heads.site_z.added"]
     prepared = _encoded(w, x, units) + _in(of_d, d) @ added[:hidden]
 
-    def step(linear: Callable, before: Any, now: tuple) -> tuple[Any, Any]:
+    def step(before: Any, now: tuple) -> tuple[Any, Any]:
         prepared, noise = now
-        z, log_scale = _draw(linear, prepared + linear(_in(of_z, before), "added"), noise, units)
+        z, log_scale = _draw(w, prepared + _in(of_z, before) @ added[hidden:], noise, units)
         return z, (before, z, log_scale)
 
-    weights = {"added": (added[hidden:], None), "output": (w["guide.heads.site_z.output"], None)}
-    before, z, log_scale = _scan(step, weights, jnp.zeros_like(noise[0]), (prepared, noise))
+    before, z, log_scale = _scan(step, jnp.zeros_like(noise[0]), (prepared, noise))
     prior = _moments(w, "model.prior", jnp.concatenate([before, d], -1))
     return _loss(z, noise, log_scale, prior, _mlp(w, "model.emit.network", jnp.concatenate([z, d], -1)), x)
+
+
+def particle_filter(num_particles: int, data: np.ndarray) -> Callable[[], tuple[Any, Any, Any]] | None:
+    """The bootstrap filter of ``benchmarks/filters.py``: log evidence, and the filtering mean and variance of every step.
+
+    :param data: ``(T,)``.
+    :returns: a compiled run, with random numbers of its own.
+    """
+    try:
+        import jax
+    except ImportError:
+        return None
+    import jax.numpy as jnp
+
+    def weigh(z: Any, log_weight: Any, mass: Any, x: Any) -> tuple[Any, Any]:
+        """The weights after a frame, the largest at zero; and what is kept of the step."""
+        log_weight = log_weight - 0.5 * (x * x * jnp.exp(-z) + z + math.log(2 * math.pi))
+        largest = log_weight.max()
+        log_weight = log_weight - largest
+        weight = jnp.exp(log_weight)
+        total = weight.sum()
+        mean = (weight * z).sum() / total
+        variance = (weight * (z - mean) ** 2).sum() / total
+        size = total ** 2 / (weight * weight).sum()
+        return (z, log_weight, weight, total, size), (largest + jnp.log(total / mass), mean, variance)
+
+    def systematic(weight: Any, uniform: Any) -> Any:
+        """Where each particle's slots end, counted and summed up; to search for the slots took 25 times as long."""
+        edges = weight.cumsum()
+        ends = jnp.ceil(edges * (num_particles / edges[-1]) - uniform).astype("int32").at[-1].set(num_particles)
+        ended = jnp.zeros(num_particles + 1, "int32").at[ends].add(1, indices_are_sorted=True)
+        return ended.cumsum()[:-1]
+
+    def step(carry: Any, now: tuple) -> tuple[Any, Any]:
+        x, key = now
+        z, log_weight, weight, total, size = carry
+        first, second = jax.random.split(key)
+        count = jnp.float32(num_particles)
+        z, log_weight, mass = jax.lax.cond(
+            size < count / 2,
+            lambda: (z[systematic(weight, jax.random.uniform(first, (), "float32"))], jnp.zeros_like(z), count),
+            lambda: (z, log_weight, total))
+        noise = jax.random.normal(second, z.shape, "float32")
+        return weigh(filters.MU + filters.RHO * (z - filters.MU) + filters.SIGMA * noise, log_weight, mass, x)
+
+    @jax.jit
+    def run(key: Any, x: Any) -> tuple[Any, Any, Any]:
+        keys = jax.random.split(key, len(x))
+        noise = jax.random.normal(keys[0], (num_particles,), "float32")
+        z = filters.MU + filters.SIGMA / math.sqrt(1 - filters.RHO ** 2) * noise
+        carry, first = weigh(z, jnp.zeros_like(z), jnp.float32(num_particles), x[0])
+        rest = jax.lax.scan(step, carry, (x[1:], keys[1:]))[1]
+        evidence, mean, variance = (jnp.concatenate([a[None], b]) for a, b in zip(first, rest, strict=True))
+        return evidence.sum(), mean, variance
+
+    x, keys = jnp.asarray(data, "float32"), iter(jax.random.split(jax.random.key(0), 100_000))
+    return lambda: jax.block_until_ready(run(next(keys), x))
