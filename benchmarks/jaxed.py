@@ -1,9 +1,9 @@
 """The same computations by hand in JAX, jitted: one training step of three models, and a bootstrap particle filter.
 
-What a model's training step need not do within its scan over time is done outside, for all times at once: the encodings of the
-data, and all scores. Weights are those of the torch modules,
-noise is an argument, and :func:`same` holds loss and gradients against ours. Everything is float32. Where JAX is not installed,
-:func:`training_step` and :func:`particle_filter` return ``None``.
+What a training step need not do within its scan over time is done outside, for all times at once: the encodings of the data
+and all scores. Weights are those of the torch modules, and noise that of torch's generator, so that :func:`check` can hold loss
+and gradients against ours. Everything is float32. Where JAX is not installed, :func:`training_step` and
+:func:`particle_filter` return ``None``.
 """
 
 from __future__ import annotations
@@ -19,22 +19,18 @@ import pyro_seq as seq
 from benchmarks import elbo, filters
 from pyro_seq.models import SRNN, VRNN
 
-__all__ = ["Trained", "particle_filter", "same", "training_step"]
+__all__ = ["check", "particle_filter", "training_step"]
 
-
-class Trained(NamedTuple):
-    """A compiled training step."""
-
-    loss_and_grads: Callable[[np.ndarray], tuple[Any, dict[str, Any]]]
-    """Of noise ``(T, B, latent)``: the loss, and its gradients by parameter, those of ``weight`` matrices transposed."""
-    run: Callable[[], Any]
-    """The same with noise of its own, to be timed."""
+Trained = Callable[[], tuple[float, dict[str, Any]]]
+"""A training step: the loss, and its gradients by parameter, matrices as ``(inputs, outputs)``."""
 
 
 def training_step(model: Any, guide: seq.FilteringGuide, x: torch.Tensor) -> Trained | None:
-    """Loss and gradients of a model's bound (one sample, no analytic KL).
+    """Loss and gradients of a model's bound (one sample, no analytic KL), compiled when it is first called.
 
-    :param model: a :class:`benchmarks.elbo.DeepMarkov`, ``VRNN`` or ``SRNN``.
+    The noise is drawn by torch's generator, the same numbers as ours draws one step at a time, and faster than by JAX's own.
+
+    :param model: a :class:`benchmarks.elbo.DeepMarkov`, ``VRNN`` or ``SRNN``, whose weights now are the step's.
     :param guide: not residual; with a GRU over the data or without.
     :param x: ``(B, T, notes)`` of zeros and ones.
     """
@@ -42,48 +38,44 @@ def training_step(model: Any, guide: seq.FilteringGuide, x: torch.Tensor) -> Tra
         import jax
     except ImportError:
         return None
-    bounds = {elbo.DeepMarkov: _deep_markov, VRNN: _vrnn, SRNN: _srnn}
+    bound = {elbo.DeepMarkov: _deep_markov, VRNN: _vrnn, SRNN: _srnn}[type(model)]
     units = _Units(*(_affine(module) for module in (guide.frame_units, guide.state_units, guide.parameter_units["z"])))
     weights = {name: jax.numpy.asarray(_turned(name, value.detach())) for name, value in _parameters(model, guide).items()}
-    data = jax.numpy.asarray(x.transpose(0, 1).contiguous().numpy())
-    latent = len(guide.parameter_units["z"].center) // 2
-    step = jax.value_and_grad(lambda w, x, noise: bounds[type(model)](w, x, noise, units))
-    given = jax.jit(step)
-    drawn = jax.jit(lambda w, x, key: step(w, x, jax.random.normal(key, (*x.shape[:2], latent), "float32")))
-    keys = iter(jax.random.split(jax.random.key(0), 100_000))
-    return Trained(lambda noise: given(weights, data, noise), lambda: jax.block_until_ready(drawn(weights, data, next(keys))))
+    by_time = x.transpose(0, 1).contiguous()
+    data, shape = jax.numpy.asarray(by_time.numpy()), (*by_time.shape[:2], len(guide.parameter_units["z"].center) // 2)
+    step = jax.jit(jax.value_and_grad(lambda w, x, noise: bound(w, x, noise, units)))
+
+    def run() -> tuple[float, dict[str, Any]]:
+        loss, gradients = jax.block_until_ready(step(weights, data, torch.empty(shape).normal_().numpy()))
+        return float(loss), gradients
+
+    return run
 
 
-def same(trained: Trained, loss: seq.SequentialELBO, model: Any, guide: seq.FilteringGuide, x: torch.Tensor) -> float:
-    """The relative difference of the losses with the same noise.
+def check(step: Trained, loss: seq.SequentialELBO, model: Any, guide: seq.FilteringGuide, x: torch.Tensor) -> None:
+    """Hold a training step against ours, from the same noise.
 
-    :raises ValueError: if it is above 1e-4, or the gradients differ by more than 1e-3 of their size.
+    :raises ValueError: if the losses differ by more than 1e-4 of theirs, or a gradient by more than 1e-3 of its norm.
     """
-    batch, steps = x.shape[:2]
-    latent = len(guide.parameter_units["z"].center) // 2
     parameters = _parameters(model, guide)
-    torch.manual_seed(0)
-    noise = torch.stack([torch.empty(batch, latent).normal_() for _ in range(steps)])
     for parameter in parameters.values():
         parameter.grad = None
     torch.manual_seed(0)
     ours = loss.loss_and_grads(model, guide, seq.Sequences.of(x))
-    theirs, gradients = trained.loss_and_grads(noise.numpy())
-    difference = abs(float(theirs) - ours) / abs(ours)
-    if not difference < 1e-4:
-        raise ValueError(f"{type(model).__name__}: the loss is {ours} in torch and {float(theirs)} in JAX")
-    for name, parameter in parameters.items():
-        found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        found, other = _turned(name, found), np.asarray(gradients[name])
-        if not np.linalg.norm(found - other) <= 1e-3 * np.linalg.norm(found) + 1e-5:
-            raise ValueError(f"{type(model).__name__}: the gradient of {name} differs by {np.linalg.norm(found - other)} of "
-                             f"{np.linalg.norm(found)}")
-        parameter.grad = None
-    return difference
+    torch.manual_seed(0)
+    theirs, gradients = step()
+    name = type(model).__name__
+    if not abs(theirs - ours) < 1e-4 * abs(ours):
+        raise ValueError(f"{name}: the loss is {ours} in torch and {theirs} in JAX")
+    for key, parameter in parameters.items():
+        found = np.zeros_like(gradients[key]) if parameter.grad is None else _turned(key, parameter.grad)
+        difference, norm = np.linalg.norm(found - gradients[key]), np.linalg.norm(found)
+        if not difference <= 1e-3 * norm + 1e-5:
+            raise ValueError(f"{name}: the gradients of {key} differ by {difference}, of {norm} in torch")
 
 
 class _Units(NamedTuple):
-    """The affine maps of the guide, each ``(shift, scale)`` and their inverse; ``None`` for the identity."""
+    """The affine maps of the guide, each as ``(shift, scale, center, spread)``; ``None`` for the identity."""
 
     frame: tuple | None
     state: tuple | None
