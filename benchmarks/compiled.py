@@ -14,7 +14,7 @@ eager, and in float32 one above 1e-4 is an error. ``first call`` is what the fir
 compilation included (without Inductor's cache on disk); ``steps to repay`` is that over what each later one saves against
 eager. ``peak megabytes`` is the most memory a call takes beyond what is held before it, where that can be told (Linux, CUDA).
 Milliseconds are of interleaved calls, medians, seed 0: processor time on one pinned thread, or the clock's for a GPU.
-``--dtype bfloat16`` runs the training steps under ``torch.autocast``.
+``--dtype bfloat16`` has the weights and the data of the training steps in that format.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
 
 import argparse  # noqa: E402
 import ctypes  # noqa: E402
+import gc  # noqa: E402
 import math  # noqa: E402
 import platform  # noqa: E402
 import time  # noqa: E402
@@ -75,13 +76,14 @@ class Machine(NamedTuple):
         """Whether the contestants that know only float32 on a CPU take part."""
         return self.device == "cpu" and self.dtype == torch.float32
 
-    def on(self, fn: Callable[[], Any]) -> Callable[[], Any]:
-        """``fn`` in this number format, until it is done."""
+    def done(self, fn: Callable[[], Any]) -> Callable[[], Any]:
+        """``fn``, until the device has done what it asked for."""
+        if self.device == "cpu":
+            return fn
+
         def run() -> Any:
-            with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
-                value = fn()
-            if self.device == "cuda":
-                torch.cuda.synchronize()
+            value = fn()
+            torch.cuda.synchronize()
             return value
 
         return run
@@ -93,6 +95,7 @@ class Machine(NamedTuple):
             before = torch.cuda.memory_allocated()
             fn()
             return (torch.cuda.max_memory_allocated() - before) / 2**20
+        gc.collect()
         try:
             ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is held
@@ -111,41 +114,42 @@ class Machine(NamedTuple):
         products = {"matmul": lambda: a @ b}
         if self.device == "cpu" and torch.backends.mkldnn.is_available():
             products["oneDNN"] = lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-        return count.get_total_flops() / (2 * size**3) * min(self._seconds(products, 10).values())
+        return count.get_total_flops() / (2 * size**3) * min(self.seconds(products, 10).values())
 
-    def _seconds(self, contestants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    def seconds(self, contestants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+        """Medians of interleaved calls."""
         clock = time.process_time if self.device == "cpu" else time.perf_counter
-        return interleaved({name: self.on(fn) for name, fn in contestants.items()}, rounds, clock=clock)
+        return interleaved({name: self.done(fn) for name, fn in contestants.items()}, rounds, clock=clock)
 
-    def compare(self, model: str, method: str, contestants: dict[str, Callable[[], float | None]], rounds: int,
-                floor: Callable[[], float] | None = None, apart: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    def compare(self, model: str, method: str, contestants: dict[str, Callable[[], float]], rounds: int,
+                floor: Callable[[], float] | None = None, apart: dict[str, float] | None = None) -> list[dict[str, Any]]:
         """One row a contestant.
 
         :param contestants: each returns the number that all agree on; one of them is ``"compiled"``, and one ``"eager"``.
         :param floor: seconds.
-        :param apart: those that draw numbers of their own.
-        :raises ValueError: if two that draw the same numbers disagree.
+        :param apart: those that draw numbers of their own, and how far they may be off.
+        :raises ValueError: if contestants disagree.
         """
-        value, first = {}, {}
+        value, first, apart = {}, {}, apart or {}
         for name, fn in contestants.items():
             torch.manual_seed(0)
             start = time.perf_counter()
-            value[name] = self.on(fn)()
+            value[name] = self.done(fn)()
             first[name] = time.perf_counter() - start
-        seconds = self._seconds(contestants, rounds)
+        seconds = self.seconds(contestants, rounds)
         rows = []
         for name, fn in contestants.items():
-            shares = name not in apart and value[name] is not None
-            difference = abs(value[name] / value["eager"] - 1) if shares else math.nan
-            if self.dtype == torch.float32 and difference > SHARED:
+            difference = abs(value[name] - value["eager"])
+            if self.dtype == torch.float32 and not difference <= apart.get(name, SHARED * abs(value["eager"])):
                 raise ValueError(f"{model}, {method}: {name} says {value[name]}, and eager {value['eager']}")
             saved = seconds["eager"] - seconds[name]
             rows.append({
                 "model": model, "method": method, "contestant": name, "milliseconds": 1e3 * seconds[name],
-                "times compiled": seconds[name] / seconds["compiled"], "relative difference": difference,
+                "times compiled": seconds[name] / seconds["compiled"],
+                "relative difference": math.nan if name in apart else difference / abs(value["eager"]),
                 "first call": first[name],
                 "steps to repay": math.ceil(first[name] / saved) if name == "compiled" and saved > 0 else math.nan,
-                "peak megabytes": self.peak_megabytes(self.on(fn))})
+                "peak megabytes": self.peak_megabytes(self.done(fn))})
         if floor is not None:
             found = floor()
             rows.append({"model": model, "method": method, "contestant": "floor", "milliseconds": 1e3 * found,
@@ -164,7 +168,7 @@ def build(model: str, guide: str, machine: Machine) -> tuple[Any, Any]:
     """A model and its guide, from seed 0."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
-    built = MODELS[model]().to(machine.device)
+    built = MODELS[model]().to(machine.device, machine.dtype)
     made = GUIDES[guide](built)
     with torch.no_grad():
         for parameter in (*built.parameters(), *made.parameters()):
@@ -175,7 +179,7 @@ def build(model: str, guide: str, machine: Machine) -> tuple[Any, Any]:
 def training_step(model: str, guide: str, rounds: int, machine: Machine) -> list[dict[str, Any]]:
     """Time the training steps of one model with one guide."""
     built, made = build(model, guide, machine)
-    x = torch.bernoulli(torch.full((BATCH, STEPS, NOTES), 0.1)).to(machine.device)
+    x = torch.bernoulli(torch.full((BATCH, STEPS, NOTES), 0.1)).to(machine.device, machine.dtype)
     batch = seq.Sequences.of(x)
     losses = {"compiled": seq.SequentialELBO(analytic_kl=False, compile=True), "eager": seq.SequentialELBO(analytic_kl=False),
               "Pyro Trace_ELBO": Trace_ELBO()}
@@ -192,7 +196,7 @@ def training_step(model: str, guide: str, rounds: int, machine: Machine) -> list
 
 
 def particle_filter(num_particles: int, rounds: int, machine: Machine) -> list[dict[str, Any]]:
-    """Time the bootstrap filters of one number of particles; their evidences are held against each other's errors."""
+    """Time the bootstrap filters of one number of particles; six standard errors are how far those of others may be off."""
     import particles
     from particles import collectors, state_space_models
 
@@ -223,12 +227,10 @@ def particle_filter(num_particles: int, rounds: int, machine: Machine) -> list[d
     jitted = jaxed.particle_filter(num_particles, data) if machine.is_plain else None
     if jitted is not None:
         contestants["JAX by hand, jitted"] = lambda: float(jitted()[0])
-    exact = seq.ParticleFilter(model, num_particles).run(x)
-    for name, fn in contestants.items():
-        if not abs(fn() - exact.total_log_evidence) < 6 * math.sqrt(2) * float(exact.standard_error):
-            raise ValueError(f"{name}: the log evidence is not {exact.total_log_evidence} +- {float(exact.standard_error)}")
+    off = 6 * math.sqrt(2) * float(seq.ParticleFilter(model, num_particles).run(x).standard_error)
     return machine.compare("stochastic volatility", f"bootstrap filter, N = {num_particles}", contestants, rounds,
-                           lambda: machine._seconds({"floor": floor}, rounds)["floor"], ("particles", "JAX by hand, jitted"))
+                           lambda: machine.seconds({"floor": floor}, rounds)["floor"],
+                           {"particles": off, "JAX by hand, jitted": off})
 
 
 def exact(rounds: int, machine: Machine) -> list[dict[str, Any]]:
