@@ -59,6 +59,7 @@ GUIDES = {
     "AVF, K=1": lambda model: seq.AmortizedVariationalFilter(model, 1),
     "AVF, K=2": lambda model: seq.AmortizedVariationalFilter(model, 2)}
 LOOPS = {"DMM": elbo.spelled_out, "VRNN": loops.vrnn, "SRNN": loops.srnn}
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 STIRRED = 0.005
 """The standard deviation of what is added to each weight."""
 SHARED = 1e-4
@@ -89,7 +90,8 @@ class Machine(NamedTuple):
         return run
 
     def peak_megabytes(self, fn: Callable[[], Any]) -> float:
-        """The most that a call holds beyond what is held before; NaN where that cannot be told."""
+        """The most that a call holds beyond what is held before; NaN where that cannot be told. The holes that the C library
+        leaves between kept blocks do not count: it asks the system for each large one here."""
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -97,13 +99,20 @@ class Machine(NamedTuple):
             return (torch.cuda.max_memory_allocated() - before) / 2**20
         gc.collect()
         try:
-            ctypes.CDLL(None).malloc_trim(0)
+            library = ctypes.CDLL(None)
+            library.mallopt(_M_MMAP_THRESHOLD, 2**18)
+            library.mallopt(_M_TRIM_THRESHOLD, 0)
+            fn()  # what was kept of earlier calls goes back
+            library.malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is held
         except (OSError, AttributeError, TypeError):
             return math.nan
         before = _status("VmRSS")
         fn()
-        return _status("VmHWM") - before
+        found = _status("VmHWM") - before
+        library.mallopt(_M_MMAP_THRESHOLD, 2**25)  # as the library has it
+        library.mallopt(_M_TRIM_THRESHOLD, 2**26)
+        return found
 
     def floor_seconds(self, step: Callable[[], Any]) -> float:
         """The time of the matrix products of ``step``, if they were one large one."""
