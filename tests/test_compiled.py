@@ -55,3 +55,19 @@ def test_a_loss_with_its_gradients(name, guide):
     model, guide, x, covariates = case(name, guide)
     batch = seq.Sequences.of(x, LENGTHS, covariates=covariates)
     require_equal(lambda compile: seq.SequentialELBO(2, compile=compile), model, guide, batch)
+
+
+LOSSES = {
+    "elbo": lambda compile: seq.SequentialELBO(2, compile=compile),
+    "iwae": lambda compile: seq.IWAE(3, compile=compile),
+    "fivo": lambda compile: seq.FIVO(3, compile=compile),
+    "vsmc": lambda compile: seq.FIVO(3, 1.0, "stratified", compile=compile),
+}
+
+
+@pytest.mark.parametrize(("name", "guide", "loss"), [
+    pytest.param(name, guide, loss, marks=[] if (name, guide) in QUICK[:2] else pytest.mark.slow)
+    for name in all_models() for guide in GUIDES for loss in ("iwae", "fivo", "vsmc")])
+def test_bounds_of_particles(name, guide, loss):
+    model, guide, x, covariates = case(name, guide)
+    require_equal(LOSSES[loss], model, guide, seq.Sequences.of(x, LENGTHS, covariates=covariates))

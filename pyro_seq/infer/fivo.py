@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_seq.engine.loop import Step, Window, forward
+from pyro_seq.engine.loop import Plan, Step, Window, forward
 from pyro_seq.engine.score import Term, step_terms
 from pyro_seq.engine.sites import Site
 from pyro_seq.engine.state import State
@@ -18,6 +18,7 @@ from pyro_seq.infer.iwae import Particles, contribution, held_out, refuse_greedy
 from pyro_seq.infer.loss import Bound, SequenceLoss, auxiliary
 from pyro_seq.infer.run import refuse_scaled
 from pyro_seq.infer.smc.population import Population, require_threshold
+from pyro_seq.infer.smc.segments import compiled_bound
 from pyro_seq.resampling import Ancestral, Resampler, Scheme, multinomial, named, resolve
 from pyro_seq.sequences import Frame, Packed, Sequences
 
@@ -48,6 +49,8 @@ class FIVO(SequenceLoss):
         carry gradients is differentiated through; under one that is not ``unbiased`` the value is no bound.
     :param bool resampling_gradient: add the score function of the ancestors; needs ``"multinomial"`` resampling, which draws
         them independently.
+    :param bool compile: run compiled steps, see :doc:`compile`; resampling whose weights have gradients, and latents without a
+        pathwise gradient, stay as written.
 
     Source: Maddison et al., *Filtering Variational Objectives*, 2017; Le et al., *Auto-Encoding Sequential Monte Carlo*, 2018;
     Naesseth et al., *Variational Sequential Monte Carlo*, 2018.
@@ -73,8 +76,8 @@ class FIVO(SequenceLoss):
     """
 
     def __init__(self, num_particles: int, ess_threshold: float = 0.5, resampling: str | Scheme | Resampler = "systematic",
-                 resampling_gradient: bool = False):
-        super().__init__(num_particles)
+                 resampling_gradient: bool = False, compile: bool = False):
+        super().__init__(num_particles, compile)
         require_threshold(ess_threshold)
         self.resampler = resolve(resampling)
         if resampling_gradient and not _independent(self.resampler):
@@ -101,6 +104,12 @@ def resampled(loss: Any, model: Any, guide: Any, sequences: Sequences, window: W
     :param scores: whether draws without a pathwise gradient get that of their score function.
     """
     particles, carried = loss.num_particles, window.state
+    if loss.compiler is not None and not resampling_gradient:
+        plain, weights = window, None
+        if isinstance(carried, Particles):
+            plain, weights = window._replace(state=carried.state), carried.log_weights
+        if (found := compiled_bound(loss, model, guide, sequences, plain, weights, weight_of)) is not None:
+            return found
     learned = _Learned(particles, resampling_gradient, scores)
     population = Population(loss.resampler, loss.ess_threshold)
     if isinstance(carried, Particles):
@@ -123,6 +132,8 @@ def resampled(loss: Any, model: Any, guide: Any, sequences: Sequences, window: W
         refuse_scaled(model, step)
         learned.weighed(step, population.weigh(step))
         steps.append(step)
+        if loss.compiler is not None and len(steps) <= 2:
+            loss.compiler.plans.setdefault((model, guide), Plan()).see(step.sites, step.state)
     bound = torch.cat(learned.factors).sum()
     surrogate = learned.surrogate(sequences.packed, window)
     return Bound(bound.detach(), bound + surrogate - auxiliary(steps),

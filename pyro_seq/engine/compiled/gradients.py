@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from pyro_seq.engine.compiled.compiler import Run, rounded
 from pyro_seq.engine.compiled.joint import Parts, cut
 from pyro_seq.engine.compiled.nest import put_together, take_apart
-from pyro_seq.engine.compiled.trace import Graph, Noise, trace, unchanged_generator
+from pyro_seq.engine.compiled.trace import Graph, Noise, trace, unchanged_generator, unvalidated
 
 __all__ = ["Differentiable", "call"]
 
@@ -124,7 +124,7 @@ def _traced(run: Run, fn: Callable[..., Any], plan: Any, inputs: list[Tensor], w
         found["plan"] = take_apart(fn(*put_together(plan, iter(given))), tensors)
         return tensors
 
-    with unchanged_generator(inputs), torch.enable_grad():
+    with unchanged_generator(inputs), unvalidated(), torch.enable_grad():
         probe = outputs_of(tuple(value.detach().requires_grad_(want) for value, want in zip(inputs, wanted, strict=True)))
     differentiable = [place for place, value in enumerate(probe) if value.requires_grad]
     given = [torch.zeros_like(probe[place]) for place in differentiable]

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -57,8 +58,9 @@ def cut(module: fx.GraphModule, outputs: int, inputs: int, given: list[fx.Node],
     nodes = list(graph.nodes)
     before_states, before_weights = _before(to_inputs), _before(to_weights)
     computed = [n for n in nodes if n in backward and n.op != "placeholder"]
-    states = [n for n in computed if n in before_states]
-    weights = [n for n in computed if n in before_weights and n not in before_states]
+    states = [n for n in computed if n in before_states or n.target is operator.getitem and n.args[0] in before_states]
+    of_states = set(states)
+    weights = [n for n in computed if n in before_weights and n not in of_states]
 
     def roots(part: Iterable[fx.Node], ends: Iterable[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
         """What is done again in a part, and what it takes from outside."""
@@ -77,9 +79,10 @@ def cut(module: fx.GraphModule, outputs: int, inputs: int, given: list[fx.Node],
 
     again_states, for_states = roots(states, to_inputs)
     again_weights, for_weights = roots(weights, to_weights)
-    deltas = [n for n in for_weights if n in set(states)]
-    saved = [n for n in nodes if n in set(for_states) | set(for_weights) and n.op == "call_function" and n not in backward]
-    placeholders = [n for n in nodes if n.op == "placeholder" and n not in set(given)]
+    deltas = [n for n in for_weights if n in of_states]
+    taken = {*for_states, *for_weights}
+    saved = [n for n in nodes if n in taken and n.op == "call_function" and n not in backward]
+    placeholders = [n for n in nodes if n.op == "placeholder" and n not in given]
     ahead = [n for n in nodes if n not in backward and n.op != "placeholder" and n.op != "output"]
     return Parts(
         _part(module, placeholders, ahead, [*out, *saved]),

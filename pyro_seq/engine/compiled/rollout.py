@@ -20,6 +20,11 @@ from pyro_seq.engine.compiled.trace import Noise
 __all__ = ["Rollout", "roll"]
 
 
+Select = Callable[[int, Any], Tensor | None]
+"""Given the place of a step and what the step before found (``None`` at the first): the rows of the state ``(rows,)`` that it
+starts from; ``None``, each from itself."""
+
+
 class Rollout(NamedTuple):
     """Rows of all steps, one step after the other, those of the running sequences only."""
 
@@ -40,15 +45,17 @@ class _Job(NamedTuple):
     """Rows that run, by step."""
     width: int
     """Leaves of the state."""
+    select: Callable[[int, list[Tensor] | None], Tensor | None]
 
 
-def roll(run: Run, name: str, fn: Callable[..., Any], state: Any, steps: list[tuple[Any, ...]], counts: list[int]
-         ) -> Rollout | None:
+def roll(run: Run, name: str, fn: Callable[..., Any], state: Any, steps: list[tuple[Any, ...]], counts: list[int],
+         select: Select | None = None) -> Rollout | None:
     """``state, found = fn(state, *step)`` for one step after the other.
 
     :param state: of as many rows as the first step has.
     :param steps: arguments of each, of so many rows too: those of sequences that have ended are run on, and not looked at.
     :param counts: how many rows run at each step.
+    :param select: between the steps.
     :returns: ``None`` where the step cannot be compiled.
     """
     learning, rows = torch.is_grad_enabled(), counts[0]
@@ -65,14 +72,20 @@ def roll(run: Run, name: str, fn: Callable[..., Any], state: Any, steps: list[tu
         Differentiable(run, fn, plan, inputs, wanted, True) if learning else run.compiled(fn, plan, inputs)), True)
     if step is None or min(counts) < rows and not _by_rows(step, rows):
         return None
-    job = _Job(step, run, by_step, counts, width)
+
+    def chosen(place: int, results: list[Tensor] | None) -> Tensor | None:
+        if select is None:
+            return None
+        return select(place, None if results is None else put_together(step.plan, iter(results))[1])
+
+    job = _Job(step, run, by_step, counts, width, chosen)
     if learning:
         tracked = [value for value in start if value.is_floating_point()]
         tracked += [value for arguments in by_step for value, want in zip(arguments, wanted[width:], strict=True) if want]
         tracked += [run.live[index] for index in step.joint.learned]
         results = list(_Rolled.apply(job, [value.detach() for value in start], wanted, *tracked))
     else:
-        results, _, _ = _forward(job, start)
+        results, *_ = _forward(job, start)
     after, found = put_together(step.plan, iter(results[width:]))
     return Rollout(put_together(state_plan, iter(results[:width])), found, after)
 
@@ -95,13 +108,19 @@ def _draw(part: Noise, count: int) -> Tensor:
     return torch.cat([drawn, drawn.new_zeros(part.shape[0] - count, *part.shape[1:])])
 
 
-def _forward(job: _Job, state: list[Tensor]) -> tuple[list[Tensor], list[list[Tensor]], list[list[Tensor]]]:
-    """The results of all rows: states before, the state after, what was found; and by step the outputs and the pools."""
+def _forward(job: _Job, state: list[Tensor]
+             ) -> tuple[list[Tensor], list[list[Tensor]], list[list[Tensor]], list[Tensor | None]]:
+    """The results of all rows: states before, the state after, what was found; and by step the outputs, the pools, and the rows
+    that were selected before."""
     step, run, rows = job.step, job.run, job.counts[0]
     learning, pools, outputs = isinstance(step, Differentiable), [], []
     before: list[list[Tensor]] = []
     live = None if learning else [run.live[index] for index in step.live]
-    for inputs, count in zip(job.inputs, job.counts, strict=True):
+    selected: list[Tensor | None] = []
+    for place, (inputs, count) in enumerate(zip(job.inputs, job.counts, strict=True)):
+        selected.append(job.select(place, outputs[-1] if outputs else None))
+        if selected[-1] is not None:
+            state = [value.index_select(0, selected[-1]) for value in state]
         noise = [part.draw() if count == rows else _draw(part, count) for part in step.noise]
         before.append(state)
         if learning:
@@ -114,7 +133,7 @@ def _forward(job: _Job, state: list[Tensor]) -> tuple[list[Tensor], list[list[Te
     flat = [_flat(parts, job.counts) for parts in zip(*before, strict=True)]
     flat += state
     flat += [_flat(parts, job.counts) for parts in zip(*(found[job.width:] for found in outputs), strict=True)]
-    return flat, outputs, pools
+    return flat, outputs, pools, selected
 
 
 def _flat(parts: tuple[Tensor, ...], counts: list[int]) -> Tensor:
@@ -125,7 +144,7 @@ def _flat(parts: tuple[Tensor, ...], counts: list[int]) -> Tensor:
 class _Rolled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, job: _Job, start: list[Tensor], wanted: list[bool], *tracked: Tensor) -> tuple[Tensor, ...]:
-        results, outputs, ctx.pools = _forward(job, start)
+        results, outputs, ctx.pools, ctx.selected = _forward(job, start)
         ctx.job, ctx.wanted, ctx.like = job, wanted, outputs[0]
         ctx.set_materialize_grads(False)
         width, has = job.width, set(job.step.joint.differentiable)
@@ -169,6 +188,8 @@ class _Rolled(torch.autograd.Function):
                 if direct is not None:
                     direct = _whole(direct[t], rows)
                     gradient = direct if gradient is None else gradient + direct
+                if gradient is not None and ctx.selected[t] is not None:
+                    gradient = torch.zeros_like(gradient).index_add_(0, ctx.selected[t], gradient)
                 adjoint[place] = gradient
             others = found[len(floating):number]
             to_inputs.append(list(others) if count == rows else [

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import random
 import traceback
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from torch.distributions import Distribution
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
-__all__ = ["Graph", "Noise", "Untraceable", "trace", "unchanged_generator"]
+__all__ = ["Graph", "Noise", "Untraceable", "trace", "unchanged_generator", "unvalidated"]
 
 _aten = torch.ops.aten
 # Random operators whose numbers depend on nothing that is computed, and the method that draws them in place.
@@ -68,15 +68,11 @@ def trace(fn: Callable[..., list[Tensor]], inputs: list[Tensor], live: list[Tens
     """
     versions = [value._version for value in live]
     python, numpy = random.getstate(), np.random.get_state()[1].copy()
-    usual = bool(pyro.settings.get("validate_distributions_torch"))
-    with unchanged_generator(inputs):
+    with unchanged_generator(inputs), unvalidated():
         try:
-            Distribution.set_default_validate_args(False)
             found = make_fx(lambda *given: fn(*given[:len(inputs)]))(*inputs, *live)
         except Exception as error:
             raise Untraceable(_reason(error)) from error
-        finally:
-            Distribution.set_default_validate_args(usual)
     if random.getstate() != python or not (np.random.get_state()[1] == numpy).all():
         raise Untraceable("it draws random numbers of Python or numpy, which a graph would draw once and for all: use "
                           "pyro.sample")
@@ -92,6 +88,17 @@ def trace(fn: Callable[..., list[Tensor]], inputs: list[Tensor], live: list[Tens
 def unchanged_generator(tensors: list[Tensor]) -> AbstractContextManager[None]:
     """Random numbers drawn inside are as if they had not been."""
     return torch.random.fork_rng(sorted({value.device for value in tensors if value.device.type == "cuda"}, key=str))
+
+
+@contextmanager
+def unvalidated() -> Iterator[None]:
+    """Distributions do not look at the values of their arguments."""
+    usual = bool(pyro.settings.get("validate_distributions_torch"))
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(usual)
 
 
 def _refuse_strangers(module: fx.GraphModule) -> None:

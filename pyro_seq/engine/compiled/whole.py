@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,13 +12,13 @@ from pyro_seq.engine.compiled.compiler import Compiler, Run
 from pyro_seq.engine.compiled.gradients import call
 from pyro_seq.engine.compiled.rollout import Rollout, roll
 from pyro_seq.engine.families import apart, rebuilt
-from pyro_seq.engine.loop import Plan, Step, Window, draw_step
-from pyro_seq.engine.score import Term, join, term_of, terms
+from pyro_seq.engine.loop import Plan, Step, Window, draw_step, weighted_step
+from pyro_seq.engine.score import Term, join, step_terms, term_of, terms
 from pyro_seq.engine.sites import Site, StepSites, check_support
 from pyro_seq.engine.state import State, by_step, map_state
-from pyro_seq.sequences import Frame, Sequences, first_rows, repeat_rows
+from pyro_seq.sequences import Frame, Packed, Sequences, first_rows, repeat_rows
 
-__all__ = ["Whole", "draw_and_score"]
+__all__ = ["Whole", "draw_and_score", "draw_and_weigh", "remembered"]
 
 
 class Whole(NamedTuple):
@@ -42,9 +43,29 @@ class _Data(NamedTuple):
     t: Tensor
 
 
-def draw_and_score(compiler: Compiler, model: Any, guide: Any, sequences: Sequences, window: Window, num_particles: int,
-                   analytic_kl: bool) -> Whole | None:
-    """As the loop that only draws, followed by :func:`~pyro_seq.engine.score.terms`; ``None`` where that is left to them."""
+class Loop(NamedTuple):
+    """A window of a batch, ready for compiled steps."""
+
+    run: Run
+    plan: Plan
+    frames: list[Frame]
+    """Of all steps; sequences that have ended keep their rows."""
+    encodings: list[State]
+    state: State
+    """Before the first step; ``None`` for a state-space model, whose first step is another than the later ones."""
+    checked: bool
+    """Whether the data has been checked: otherwise the first step, run as written, does."""
+    functions: _Functions
+    generator: _Generator
+
+    def arguments(self, begun: int) -> list[tuple[Any, ...]]:
+        """What the steps from place ``begun`` on read beside the state."""
+        return [(encoding, _data(frame)) for encoding, frame in zip(self.encodings[begun:], self.frames[begun:], strict=True)]
+
+
+def ready(compiler: Compiler, model: Any, guide: Any, sequences: Sequences, window: Window, num_particles: int) -> Loop | None:
+    """``None`` where the window is left to the loop as written: when that has not yet run once, and checked the model and the
+    data; where gaps have to be drawn; and where the data has a gradient."""
     plan = compiler.plans.setdefault((model, guide), Plan())
     packed, (start, stop) = sequences.packed, window[:2]
     missing = any(packed.missing[start - 1:stop])
@@ -52,7 +73,7 @@ def draw_and_score(compiler: Compiler, model: Any, guide: Any, sequences: Sequen
             *sequences.x.values(), *sequences.covariates.values())):
         return None
     model.check_inputs(sequences)
-    run, generator = compiler.run(model, guide), _Generator(sequences.device)
+    run, generator = compiler.run(model, guide), remembered(sequences.device)
     encodings = window.encodings
     if encodings is None:
         encodings = guide.prepare_rows(sequences)
@@ -63,42 +84,98 @@ def draw_and_score(compiler: Compiler, model: Any, guide: Any, sequences: Sequen
     encodings = by_step(map_state(lambda leaf: repeat_rows(first_rows(packed.sort(leaf), running), num_particles)
                                   .transpose(0, 1).contiguous().transpose(0, 1), encodings), stop - start + 1)
     frames = list(packed.frames(num_particles, start, stop, finished=True))
-    state, first, begun = window.state, [], start
-    if start == 1:
-        state = model.begin(frames[0])
-        if state is None or plan.supports is None:
-            sites, state, auxiliary = draw_step(model, guide, state, frames[0], encodings[0], plan)
-            first, begun = [Step(frames[0], sites, model.begin(frames[0]), state, None, None, auxiliary)], 2
-        else:
-            for name, p in plan.supports.items():
-                check_support(name, p, frames[0])
-    else:
-        state = map_state(lambda leaf: leaf[:frames[0].rows], state)
-    if begun > stop:
+    state = model.begin(frames[0]) if start == 1 else map_state(lambda leaf: leaf[:frames[0].rows], window.state)
+    checked = start > 1 or state is not None and plan.supports is not None
+    if start == 1 and checked:
+        for name, p in plan.supports.items():
+            check_support(name, p, frames[0])
+    functions = _Functions(model, guide, plan, missing, frames[0].device)
+    return Loop(run, plan, frames, encodings, state, checked, functions, generator)
+
+
+def draw_and_score(compiler: Compiler, model: Any, guide: Any, sequences: Sequences, window: Window, num_particles: int,
+                   analytic_kl: bool) -> Whole | None:
+    """As the loop that only draws, followed by :func:`~pyro_seq.engine.score.terms`; ``None`` where that is left to them."""
+    loop = ready(compiler, model, guide, sequences, window, num_particles)
+    if loop is None or not loop.checked and window.start == window.stop:
         return None
-    whole = _Whole(model, guide, plan, missing, frames[0].device)
-    steps = [(encodings[frame.t - start], _data(frame)) for frame in frames[begun - start:]]
-    counts = [count * num_particles for count in packed.counts[begun - 1:stop]]
-    rolled = roll(run, "the step that draws", whole.draw, state, steps, counts)
+    packed, state, first = sequences.packed, loop.state, []
+    if not loop.checked:
+        sites, after, further = draw_step(model, guide, state, loop.frames[0], loop.encodings[0], loop.plan)
+        first, state = [Step(loop.frames[0], sites, state, after, None, None, further)], after
+    begun = window.start + len(first)
+    counts = [count * num_particles for count in packed.counts[begun - 1:window.stop]]
+    rolled = roll(loop.run, "the step that draws", loop.functions.draw, state, loop.arguments(len(first)), counts)
     if rolled is None:
-        generator.rewind()
+        loop.generator.rewind()
         return None
-    found = whole.scored(run, rolled, packed.flat(begun, stop, num_particles), analytic_kl)
+    found = call(loop.run, "the step that scores", loop.functions.score, rolled.before,
+                 _data(packed.flat(begun, window.stop, num_particles)), rolled.found["drawn"], analytic_kl)
     if first:
         begins = {term.name: term for term in terms(model, packed, first, num_particles, analytic_kl)}
         found = [join([begins[term.name], term]) for term in found]
-    running = packed.counts[stop - 1] * num_particles
-    after = map_state(lambda leaf: leaf[:running], rolled.state)
-    auxiliary = [part.sum() for part in (*(step.auxiliary for step in first), rolled.found["auxiliary"]) if part is not None]
-    return Whole(found, after, sum(auxiliary) if auxiliary else None, first)
+    return Whole(found, _running(rolled, packed, window.stop, num_particles), _further(first, rolled), first)
+
+
+def draw_and_weigh(compiler: Compiler, model: Any, guide: Any, sequences: Sequences, window: Window, num_particles: int,
+                   between: Callable[[Frame, list[Term] | None], Tensor | None]) -> Whole | None:
+    """As the loop that scores each step, with particles that are selected between the steps.
+
+    :param between: given the frame to come and the terms of the step before, the ancestors ``(n, N)`` of the running sequences;
+        ``None`` where particles go on from themselves. Before the first step of the window there are no terms.
+    """
+    loop = ready(compiler, model, guide, sequences, window, num_particles)
+    if loop is None or not loop.checked and window.start == window.stop:
+        return None
+    packed, state, first = sequences.packed, loop.state, []
+    if not loop.checked:
+        sites, after, _, further = weighted_step(model, guide, state, loop.frames[0], loop.encodings[0])
+        first, state = [Step(loop.frames[0], sites, state, after, None, None, further)], after
+    begins = step_terms(model, first[0].sites) if first else None
+    begun = window.start + len(first)
+    counts = [count * num_particles for count in packed.counts[begun - 1:window.stop]]
+    rows, frames = counts[0], loop.frames[len(first):]
+
+    def select(place: int, found: Any) -> Tensor | None:
+        ancestors = between(frames[place], found["terms"] if place else begins)
+        if ancestors is None:
+            return None
+        own = torch.arange(rows, device=ancestors.device)
+        chosen = ancestors + torch.arange(len(ancestors), device=ancestors.device)[:, None] * num_particles
+        return torch.cat([chosen.reshape(-1), own[chosen.numel():]])
+
+    rolled = roll(loop.run, "the step that weighs", loop.functions.weigh, state, loop.arguments(len(first)), counts, select)
+    if rolled is None:
+        loop.generator.rewind()
+        return None
+    found = rolled.found["terms"]
+    if first:
+        known = {term.name: term for term in begins}
+        found = [join([known[term.name], term]) for term in found]
+    return Whole(found, _running(rolled, packed, window.stop, num_particles), _further(first, rolled), first)
+
+
+def _running(rolled: Rollout, packed: Packed, stop: int, num_particles: int) -> State:
+    """The state after the last step, of the sequences that run there."""
+    return map_state(lambda leaf: leaf[:packed.counts[stop - 1] * num_particles], rolled.state)
+
+
+def _further(first: list[Step], rolled: Rollout) -> Tensor | None:
+    """The sum of the guide's further objective."""
+    parts = [part.sum() for part in (*(step.auxiliary for step in first), rolled.found["auxiliary"]) if part is not None]
+    return sum(parts) if parts else None
 
 
 def _data(frame: Frame) -> _Data:
     return _Data(dict(frame.x), dict(frame.covariates), dict(frame.observed), frame.sequence, frame.time)
 
 
+def remembered(device: torch.device) -> _Generator:
+    """The state of torch's random numbers on a device, to go back to."""
+    return _Generator(device)
+
+
 class _Generator:
-    """The state of torch's random numbers, to go back to."""
 
     def __init__(self, device: torch.device):
         self.device = device if device.type == "cuda" else None
@@ -111,8 +188,8 @@ class _Generator:
             torch.cuda.set_rng_state(self.state, self.device)
 
 
-class _Whole:
-    """The functions that are compiled, of a model and a guide."""
+class _Functions:
+    """What is compiled, of a model and a guide."""
 
     def __init__(self, model: Any, guide: Any, plan: Plan, missing: bool, device: torch.device):
         self.model, self.guide, self.plan, self.missing, self.device = model, guide, plan, missing, device
@@ -126,6 +203,11 @@ class _Whole:
         sites, after, auxiliary = draw_step(self.model, self.guide, state, self.frame(data), encoding, self.plan)
         drawn = {name: (site.value, _proposed(site)) for name, site in sites.items() if not site.observed}
         return after, {"drawn": drawn, "auxiliary": auxiliary}
+
+    def weigh(self, state: State, encoding: Any, data: _Data) -> tuple[State, dict[str, Any]]:
+        """One step: the state after it, and the terms of its weight."""
+        sites, after, _, auxiliary = weighted_step(self.model, self.guide, state, self.frame(data), encoding)
+        return after, {"terms": step_terms(self.model, sites), "auxiliary": auxiliary}
 
     def score(self, state: State, data: _Data, drawn: dict[str, Any], analytic_kl: bool) -> list[Term]:
         """All steps: the terms of the bound."""
@@ -144,9 +226,6 @@ class _Whole:
             else:
                 found.append(Term(name, False, site.log_p(), q[1], None, None if q[2] else q[1]))
         return found
-
-    def scored(self, run: Run, rolled: Rollout, frame: Frame, analytic_kl: bool) -> list[Term]:
-        return call(run, "the step that scores", self.score, rolled.before, _data(frame), rolled.found["drawn"], analytic_kl)
 
 
 def _proposed(site: Site) -> Any:
