@@ -6,6 +6,7 @@ Attributes of the modules, and the global and enclosing variables that their met
 
 from __future__ import annotations
 
+import random
 import types
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
@@ -76,6 +77,10 @@ def _look(value: Any, tensors: list[Tensor], deep: int) -> Hashable:
         return tuple(value.shape), value.dtype, value.device
     if isinstance(value, np.ndarray):
         return value.shape, value.tobytes() if value.nbytes <= 4096 else _Same(value)
+    if isinstance(value, np.random.Generator):
+        return repr(value.bit_generator.state)
+    if isinstance(value, random.Random):
+        return value.getstate()
     if isinstance(value, nn.Module) or isinstance(value, type) or deep == 0:
         return _Same(value)
     if isinstance(value, (list, tuple, set, frozenset)):

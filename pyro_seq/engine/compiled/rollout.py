@@ -63,7 +63,7 @@ def roll(run: Run, name: str, fn: Callable[..., Any], state: Any, steps: list[tu
     state_plan, width = take_apart(state, start), len(start)
     plan = take_apart((state, *steps[0]), [])
     start = [value.contiguous() for value in start]  # as those of later steps are
-    by_step = [take(arguments) for arguments in steps]
+    by_step = [[value.contiguous() for value in take(arguments)] for arguments in steps]
     inputs = [*start, *by_step[0]]
     wanted = [value.is_floating_point() and learning and (index < width or value.requires_grad)
               for index, value in enumerate(inputs)]

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from torch.distributions import Distribution
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 
 __all__ = ["Graph", "Noise", "Untraceable", "trace", "unchanged_generator", "unvalidated"]
 
@@ -28,6 +29,9 @@ _aten = torch.ops.aten
 _DRAWN = {
     _aten.normal_functional.default: "normal_", _aten.uniform.default: "uniform_", _aten.exponential.default: "exponential_",
     _aten.randn.default: "normal_", _aten.rand.default: "uniform_"}
+
+
+_HANDS_OUT = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.untyped_storage, Tensor.__dlpack__}
 
 
 class Untraceable(Exception):
@@ -67,13 +71,17 @@ def trace(fn: Callable[..., list[Tensor]], inputs: list[Tensor], live: list[Tens
     :raises Untraceable: if it decides by the values of tensors, draws numbers of its own, changes or reads tensors unknown.
     """
     versions = [value._version for value in live]
-    python, numpy = random.getstate(), np.random.get_state()[1].copy()
+    others = _other_generators()
+    def run(*given: Tensor) -> list[Tensor]:
+        with _NoValues():
+            return fn(*given[:len(inputs)])
+
     with unchanged_generator(inputs), unvalidated():
         try:
-            found = make_fx(lambda *given: fn(*given[:len(inputs)]))(*inputs, *live)
+            found = make_fx(run)(*inputs, *live)
         except Exception as error:
             raise Untraceable(_reason(error)) from error
-    if random.getstate() != python or not (np.random.get_state()[1] == numpy).all():
+    if _other_generators() != others:
         raise Untraceable("it draws random numbers of Python or numpy, which a graph would draw once and for all: use "
                           "pyro.sample")
     if versions != [value._version for value in live]:
@@ -88,6 +96,21 @@ def trace(fn: Callable[..., list[Tensor]], inputs: list[Tensor], live: list[Tens
 def unchanged_generator(tensors: list[Tensor]) -> AbstractContextManager[None]:
     """Random numbers drawn inside are as if they had not been."""
     return torch.random.fork_rng(sorted({value.device for value in tensors if value.device.type == "cuda"}, key=str))
+
+
+def _other_generators() -> tuple[Any, ...]:
+    """The states of Python's and numpy's random numbers."""
+    _, key, place, *_ = np.random.get_state()
+    return random.getstate(), key.tobytes(), place
+
+
+class _NoValues(TorchFunctionMode):
+    """Refuses to hand out the values of tensors, which would be taken for constants."""
+
+    def __torch_function__(self, fn: Any, kinds: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        if fn in _HANDS_OUT:
+            raise Untraceable(f"it takes values out of a tensor by .{fn.__name__.strip('_')}(): stay with tensors, of torch")
+        return fn(*arguments, **(keywords or {}))
 
 
 @contextmanager
