@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,19 +13,7 @@ from pyro_seq.engine.compiled.joint import Parts, cut
 from pyro_seq.engine.compiled.nest import put_together, take_apart
 from pyro_seq.engine.compiled.trace import Graph, Noise, trace, unchanged_generator, unvalidated
 
-__all__ = ["Differentiable", "call"]
-
-
-class _Part(NamedTuple):
-    """One compiled graph, and where its arguments are found: inputs, live tensors, noise, saved values, gradients of outputs,
-    deltas, one after the other."""
-
-    call: Callable[..., Any]
-    taken: list[int]
-    rows: int = 0
-
-    def __call__(self, pool: list[Tensor]) -> Any:
-        return self.call(*[pool[index] for index in self.taken])
+__all__ = ["Differentiable", "Joint", "Weights", "call", "joint_of", "running_rows"]
 
 
 class Joint(NamedTuple):
@@ -44,78 +32,10 @@ class Joint(NamedTuple):
     gradients: list[str]
 
 
-class Differentiable:
-    """A function that has been compiled with its gradients.
-
-    :param wanted: for each of the inputs, whether its gradient is asked for.
-    :param deferred: leave the gradients of parameters to :meth:`weights`.
+def joint_of(run: Run, fn: Callable[..., Any], plan: Any, inputs: list[Tensor], wanted: list[bool]) -> Joint:
     """
-
-    def __init__(self, run: Run, fn: Callable[..., Any], plan: Any, inputs: list[Tensor], wanted: list[bool], deferred: bool):
-        self.fn, self.input_plan, self.wanted, self.deferred = fn, plan, wanted, deferred
-        self.joint = joint = _traced(run, fn, plan, inputs, wanted)
-        self.rows = inputs[0].shape[0]
-        self.forms = [(tuple(value.shape[1:]), value.dtype, value.device) for value in inputs]
-        self.noise: list[Noise] = joint.graph.noise
-        self.plan, self.outputs = joint.plan, joint.outputs
-        values = {name: value for name, value in zip(joint.names, _pool(run, joint, inputs), strict=False)}
-        self.forward = _compiled(run, joint, joint.parts.forward, values)
-        self.saved = len(joint.parts.saved)
-        with torch.no_grad():  # compiled code lays out its results as it likes
-            results = self.forward.call(*[values[name] for name in _taken(joint.parts.forward)])
-        values.update(zip(joint.parts.saved, results[self.outputs:], strict=True))
-        values.update((name, torch.zeros(results[place].shape, dtype=results[place].dtype, device=results[place].device))
-                      for name, place in zip(joint.gradients, joint.differentiable, strict=True))
-        self.backward = _compiled(run, joint, joint.parts.states, values)
-        self.linear = len(joint.names) - len(joint.parts.deltas) - len(joint.gradients)
-        """Where, of the values by name, those begin that the parameters' gradients are linear in."""
-        self.deltas = len(joint.parts.deltas)
-        with torch.no_grad():
-            found = self.backward.call(*[values[name] for name in _taken(joint.parts.states)])
-        values.update(zip(joint.parts.deltas, found[len(found) - self.deltas:], strict=True))
-        self.by_rows = self._can_defer(values)
-        self.of_weights: dict[int, _Part | None] = {}
-        if not deferred or not self.by_rows:
-            self.of_weights[self.rows] = _compiled(run, joint, joint.parts.weights, values)._replace(rows=self.rows)
-
-    def _can_defer(self, values: dict[str, Tensor]) -> bool:
-        """Whether the values that the parameters' gradients need all have rows, by their first dimension."""
-        joint = self.joint
-        live = set(joint.names[len(self.wanted):len(self.wanted) + len(joint.graph.live)])
-        return all(values[name].shape[:1] == (self.rows,) for name in joint.parts.for_weights if name not in live)
-
-    def weights_of(self, run: Run, rows: int) -> _Part | None:
-        """The part for the parameters' gradients, compiled for at least so many rows: for the first two sizes exactly, then
-        for every eighth of a power of two. ``None`` if the function has other operations there."""
-        if rows not in self.of_weights and rows != self.rows and len(self.of_weights) >= 2:
-            rows = rounded(rows)
-        if rows not in self.of_weights:
-            inputs = [torch.zeros((rows, *shape), dtype=dtype, device=device) for shape, dtype, device in self.forms]
-            joint = _traced(run, self.fn, self.input_plan, inputs, self.wanted)
-            values = dict(zip(joint.names, _pool(run, joint, inputs), strict=False))
-            results = joint.parts.forward(*[values[name] for name in _taken(joint.parts.forward)])
-            values.update(zip(joint.parts.saved, results[self.outputs:], strict=True))
-            values.update((name, torch.zeros_like(results[place])) for name, place in zip(
-                joint.gradients, joint.differentiable, strict=True))
-            found = joint.parts.states(*[values[name] for name in _taken(joint.parts.states)])
-            values.update(zip(joint.parts.deltas, found[len(found) - self.deltas:], strict=True))
-            if joint.names != self.joint.names or joint.parts.for_weights != self.joint.parts.for_weights:
-                self.of_weights[rows] = None
-                return None
-            live = set(joint.names[len(inputs):len(inputs) + len(joint.graph.live)])
-            values = {name: value if name in live else value.contiguous() for name, value in values.items()}
-            self.of_weights[rows] = _compiled(run, joint, joint.parts.weights, values)._replace(rows=rows)
-        return self.of_weights[rows]
-
-    def pool(self, run: Run, inputs: list[Tensor], noise: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Run it: the outputs, and all that the backward parts may need."""
-        pool = [*inputs, *[run.live[index] for index in self.joint.graph.live], *noise]
-        results = self.forward(pool)
-        pool.extend(results[self.outputs:])
-        return results[:self.outputs], pool
-
-
-def _traced(run: Run, fn: Callable[..., Any], plan: Any, inputs: list[Tensor], wanted: list[bool]) -> Joint:
+    :param wanted: for each of the inputs, whether its gradient is asked for.
+    """
     learned = [index for index, value in enumerate(run.live) if value.requires_grad]
     found: dict[str, Any] = {}
 
@@ -160,20 +80,134 @@ def _traced(run: Run, fn: Callable[..., Any], plan: Any, inputs: list[Tensor], w
                  [node.name for node in gradients])
 
 
-def _pool(run: Run, joint: Joint, inputs: list[Tensor]) -> Iterator[Tensor]:
-    yield from (value.detach() for value in inputs)
-    yield from (run.live[index].detach() for index in joint.graph.live)
+def _values(run: Run, joint: Joint, inputs: list[Tensor]) -> dict[str, Tensor]:
+    """The values of inputs, live tensors and noise, by name."""
     with unchanged_generator(inputs):
-        yield from [part.draw() for part in joint.graph.noise]
+        noise = [part.draw() for part in joint.graph.noise]
+    live = [run.live[index].detach() for index in joint.graph.live]
+    return dict(zip(joint.names, [*(value.detach() for value in inputs), *live, *noise], strict=False))
 
 
 def _taken(module: fx.GraphModule) -> list[str]:
     return [node.name for node in module.graph.nodes if node.op == "placeholder"]
 
 
-def _compiled(run: Run, joint: Joint, module: fx.GraphModule, values: dict[str, Tensor]) -> _Part:
-    names = _taken(module)
-    return _Part(run.compiler.build(module, [values[name] for name in names]), [joint.names.index(name) for name in names])
+def _zeros(like: Tensor) -> Tensor:
+    return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+
+
+class _Part(NamedTuple):
+    """One compiled graph, and where its arguments are found: inputs, live tensors, noise, saved values, gradients of outputs,
+    deltas, one after the other."""
+
+    call: Callable[..., Any]
+    taken: list[int]
+
+    def __call__(self, pool: list[Tensor]) -> Any:
+        return self.call(*[pool[index] for index in self.taken])
+
+
+class Differentiable:
+    """A function that has been compiled with its gradients.
+
+    :param wanted: for each of the inputs, whether its gradient is asked for.
+    """
+
+    def __init__(self, run: Run, fn: Callable[..., Any], plan: Any, inputs: list[Tensor], wanted: list[bool]):
+        self.joint = joint = joint_of(run, fn, plan, inputs, wanted)
+        self.noise: list[Noise] = joint.graph.noise
+        self.plan, self.outputs, self.deltas = joint.plan, joint.outputs, len(joint.parts.deltas)
+        values = _values(run, joint, inputs)
+
+        def compiled(module: fx.GraphModule) -> tuple[_Part, Any]:
+            names = _taken(module)
+            arguments = [values[name] for name in names]
+            part = _Part(run.compiler.build(module, arguments), [joint.names.index(name) for name in names])
+            with torch.no_grad():  # compiled code lays out its results as it likes
+                return part, part.call(*arguments)
+
+        self.forward, results = compiled(joint.parts.forward)
+        values.update(zip(joint.parts.saved, results[self.outputs:], strict=True))
+        values.update((name, _zeros(results[place])) for name, place in zip(joint.gradients, joint.differentiable, strict=True))
+        self.states, found = compiled(joint.parts.states)
+        values.update(zip(joint.parts.deltas, found[len(found) - self.deltas:], strict=True))
+        self.weights, _ = compiled(joint.parts.weights)
+
+    def pool(self, run: Run, inputs: list[Tensor], noise: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Run it: the outputs, and all that the backward parts may need."""
+        pool = [*inputs, *[run.live[index] for index in self.joint.graph.live], *noise]
+        results = self.forward(pool)
+        pool.extend(results[self.outputs:])
+        return results[:self.outputs], pool
+
+
+class Weights:
+    """The gradients of parameters, from the values of all steps of a loop together.
+
+    Compiled for the first two numbers of rows exactly, then for every eighth of a power of two.
+    """
+
+    def __init__(self, run: Run, fn: Callable[..., Any], plan: Any, inputs: list[Tensor], wanted: list[bool], joint: Joint):
+        self.fn, self.plan, self.wanted, self.joint = fn, plan, wanted, joint
+        self.forms = [(tuple(value.shape[1:]), value.dtype, value.device) for value in inputs]
+        self.rows = inputs[0].shape[0]
+        self.live = dict(zip(joint.names[len(inputs):], range(len(joint.graph.live)), strict=False))
+        self.linear = {*joint.gradients, *joint.parts.deltas}
+        """Names of what the result is linear in."""
+        self.known: dict[int, Callable[..., Any] | None] = {}
+
+    def __call__(self, run: Run, values: dict[str, Tensor], counts: list[int]) -> list[Tensor | None]:
+        """:param values: by name, stacked, ``(T, rows, ...)``."""
+        names = self.joint.parts.for_weights
+        live = {name: run.live[self.joint.graph.live[index]].detach() for name, index in self.live.items()}
+        total = sum(counts)
+        size = total if total in self.known or len(self.known) < 2 else rounded(total)
+        call = self._at(run, size)
+        if call is None:  # other operations at so many rows: step by step
+            call, sums = self._at(run, self.rows), None
+            for place in range(len(counts)):
+                part = call(*[live[name] if name in live else values[name][place].contiguous() for name in names])
+                sums = list(part) if sums is None else [a if b is None else a + b for a, b in zip(sums, part, strict=True)]
+            return sums
+        given = []
+        for name in names:
+            if name in live:
+                given.append(live[name])
+                continue
+            value = running_rows(values[name], counts, self.rows)
+            if total < size:
+                more = (size - total, *value.shape[1:])
+                value = torch.cat([value, value.new_zeros(more) if name in self.linear else value[:1].expand(more)])
+            given.append(value.contiguous())
+        return list(call(*given))
+
+    def _at(self, run: Run, rows: int) -> Callable[..., Any] | None:
+        if rows not in self.known:
+            inputs = [torch.zeros((rows, *shape), dtype=dtype, device=device) for shape, dtype, device in self.forms]
+            joint = joint_of(run, self.fn, self.plan, inputs, self.wanted)
+            same = joint.names == self.joint.names and joint.parts.for_weights == self.joint.parts.for_weights
+            values = _values(run, joint, inputs)
+            with torch.no_grad():
+                results = joint.parts.forward(*[values[name] for name in _taken(joint.parts.forward)])
+                values.update(zip(joint.parts.saved, results[joint.outputs:], strict=True))
+                values.update((name, _zeros(results[place])) for name, place in zip(
+                    joint.gradients, joint.differentiable, strict=True))
+                found = joint.parts.states(*[values[name] for name in _taken(joint.parts.states)])
+            values.update(zip(joint.parts.deltas, found[len(found) - len(joint.parts.deltas):], strict=True))
+            examples = [values[name] if name in self.live else values[name].contiguous()
+                        for name in _taken(joint.parts.weights)]
+            by_rows = all(value.shape[:1] == (rows,) for name, value in values.items()
+                          if name in joint.parts.for_weights and name not in self.live)
+            usable = rows == self.rows or same and by_rows
+            self.known[rows] = run.compiler.build(joint.parts.weights, examples) if usable else None
+        return self.known[rows]
+
+
+def running_rows(value: Tensor, counts: list[int], rows: int) -> Tensor:
+    """``(T, rows, ...)`` as the running rows of one step after the other."""
+    if min(counts) == rows:
+        return value[:len(counts)].flatten(0, 1)
+    return torch.cat([value[place, :count] for place, count in enumerate(counts)])
 
 
 class _Called(torch.autograd.Function):
@@ -194,14 +228,11 @@ class _Called(torch.autograd.Function):
         job, pool = ctx.job, ctx.pool
         for place in job.joint.differentiable:
             gradient = gradients[place]
-            like = ctx.like[place]
-            pool.append(torch.zeros(like.shape, dtype=like.dtype, device=like.device) if gradient is None
-                        else gradient.contiguous())
-        found = job.backward(pool)
+            pool.append(_zeros(ctx.like[place]) if gradient is None else gradient.contiguous())
+        found = job.states(pool)
         split = len(found) - job.deltas
         pool.extend(found[split:])
-        weights = job.of_weights[job.rows](pool)
-        return None, None, None, *found[:split], *weights
+        return None, None, None, *found[:split], *job.weights(pool)
 
 
 def _apart(results: list[Tensor], others: list[Tensor]) -> list[Tensor]:
@@ -227,7 +258,7 @@ def call(run: Run, name: str, fn: Callable[..., Any], *arguments: Any) -> Any:
     learning = torch.is_grad_enabled()
     wanted = [learning and value.requires_grad for value in inputs]
     key = run.key(name, (plan, tuple(wanted)), inputs)
-    job = run.look_up(name, key, lambda: (Differentiable(run, fn, plan, inputs, wanted, False) if learning else
+    job = run.look_up(name, key, lambda: (Differentiable(run, fn, plan, inputs, wanted) if learning else
                                           run.compiled(fn, plan, inputs)), True)
     if job is None:
         return fn(*arguments)

@@ -1,6 +1,6 @@
-"""The loop that only draws, compiled, and its way back.
+"""The loop over time, compiled, and its way back.
 
-Forward, the compiled step is run without gradients. Backward, a second graph takes the gradient from each step to the one
+Forward, several steps are one graph, run without gradients. Backward, another one takes the gradient from each step to the one
 before, and what the parameters' gradients need is left where it lies: they are products over the rows of all steps, done once.
 """
 
@@ -10,15 +10,18 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from pyro_seq.engine.compiled.compiler import Compiled, Run
-from pyro_seq.engine.compiled.gradients import Differentiable
+from pyro_seq.engine.compiled import chain
+from pyro_seq.engine.compiled.compiler import Run
+from pyro_seq.engine.compiled.gradients import Joint, Weights, joint_of, running_rows
 from pyro_seq.engine.compiled.nest import put_together, take_apart
-from pyro_seq.engine.compiled.trace import Noise
+from pyro_seq.engine.compiled.trace import Noise, trace
 
-__all__ = ["Rollout", "roll"]
+__all__ = ["Rollout", "Select", "roll"]
 
+_NODES, _MOST = 600, 8
+"""Of a graph of several steps: about how many operators, and the most steps."""
 
 Select = Callable[[int, Any], Tensor | None]
 """Given the place of a step and what the step before found (``None`` at the first): the rows of the state ``(rows,)`` that it
@@ -36,201 +39,268 @@ class Rollout(NamedTuple):
     """After the last step, all rows."""
 
 
+class _Steps:
+    """A step, compiled for several of them at a time.
+
+    :param wanted: for the leaves of the state and the other arguments, whether their gradients are asked for.
+    """
+
+    def __init__(self, run: Run, fn: Callable[..., Any], plan: Any, inputs: list[Tensor], width: int, wanted: list[bool],
+                 one_by_one: bool):
+        self.width, self.wanted = width, wanted
+        self.rows, self.learning = inputs[0].shape[0], any(wanted)
+        if self.learning:
+            self.joint: Joint | None = joint_of(run, fn, plan, inputs, wanted)
+            graph, module, self.plan = self.joint.graph, self.joint.parts.forward, self.joint.plan
+            self.found, self.saved = self.joint.outputs - width, len(self.joint.parts.saved)
+        else:
+            self.joint = None
+            graph, self.plan = _traced(run, fn, plan, inputs)
+            module = graph.module
+            self.found, self.saved = len(module.graph.output_node().args[0]) - width, 0
+        self.noise, self.live, self.random = graph.noise, graph.live, graph.random
+        self.steps = 1 if one_by_one else max(1, min(_MOST, _NODES // len(module.graph.nodes)))
+        live = [run.live[index].detach() for index in self.live]
+        stacks = [value[None].expand(self.steps, *value.shape).contiguous() for value in inputs[width:]]
+        noise = [torch.zeros((self.steps, *part.shape), dtype=part.dtype, device=part.device) for part in self.noise]
+        built = chain.forward(module, self.steps, width, len(stacks), len(live))
+        state = [value.detach() for value in inputs[:width]]
+        self.forward = run.compiler.build(built.module, [*state, *stacks, *live, *noise])
+        if self.joint is not None:
+            with torch.no_grad():
+                results = self.forward(*state, *stacks, *live, *noise)
+            self._build_backward(run, module, results, stacks, live, noise)
+            self.weights = Weights(run, fn, plan, inputs, wanted, self.joint)
+
+    def _build_backward(self, run: Run, module: fx.GraphModule, results: list[Tensor], stacks: list[Tensor],
+                        live: list[Tensor], noise: list[Tensor]) -> None:
+        joint, width = self.joint, self.width
+        self.floating = [place for place in range(width) if self.wanted[place]]
+        gradients = dict(zip(joint.differentiable, joint.gradients, strict=True))
+        self.of_found = [place for place in joint.differentiable if place >= width]
+        self.kept = [leaf for leaf, place in enumerate(self.floating) if gradients.get(place) in joint.parts.for_weights]
+        built = chain.backward(
+            joint.parts.states, self.steps, joint.names[len(self.wanted):len(self.wanted) + len(self.live)],
+            [gradients.get(place) for place in self.floating], [gradients[place] for place in self.of_found],
+            len(joint.parts.deltas), self.kept)
+        self.reached = built.reached
+        places = {name: index for index, name in enumerate(joint.names)}
+        self.needed_live = [places[name] - len(self.wanted) for name in built.live]
+        # Stacked values in the order of names: states before, inputs, (live), noise, saved.
+        self.needed = [places[name] - (len(live) if places[name] >= len(self.wanted) else 0) for name in built.values]
+        values = self.stacked(results, stacks, noise)
+        before, found = results[width:2 * width], results[2 * width:2 * width + self.found]
+        examples = [
+            *[torch.zeros_like(results[place]).contiguous() for place in self.floating],
+            torch.ones(self.steps, self.rows, dtype=torch.bool, device=results[0].device),
+            *[live[index] for index in self.needed_live], *[values[index] for index in self.needed],
+            *[_zeros(found[place - width]) for place in self.of_found], *[_zeros(before[place]) for place in self.floating]]
+        self.backward = run.compiler.build(built.module, examples)
+
+    def stacked(self, results: list[Tensor], stacks: list[Tensor], noise: list[Tensor]) -> list[Tensor]:
+        """States before, inputs, noise and saved values of some steps."""
+        return [*results[self.width:2 * self.width], *stacks, *noise, *results[2 * self.width + self.found:]]
+
+    def by_name(self, values: list[Tensor], by_found: list[Tensor], last: list[Tensor]) -> dict[str, Tensor]:
+        """Stacked values by name: those of :meth:`stacked`, gradients by what was found, deltas, gradients by states after."""
+        joint, first = self.joint, len(self.wanted)
+        gradients = dict(zip(joint.differentiable, joint.gradients, strict=True))
+        names = [*joint.names[:first], *joint.names[first + len(self.live):first + len(self.live) + len(values) - first],
+                 *(gradients[place] for place in self.of_found), *joint.parts.deltas,
+                 *(gradients[self.floating[leaf]] for leaf in self.kept)]
+        return dict(zip(names, [*values, *by_found, *last], strict=True))
+
+    def draw(self, counts: list[int]) -> list[list[Tensor]]:
+        """The noise of all steps, stacked for each call, drawn in the order in which the steps draw it."""
+        calls = []
+        for start in range(0, len(counts), self.steps):
+            part = counts[start:start + self.steps]
+            whole = len(part) == self.steps and min(part) == self.rows
+            made = torch.empty if whole else torch.zeros
+            stacks = [made((self.steps, *noise.shape), dtype=noise.dtype, device=noise.device) for noise in self.noise]
+            calls.append(stacks)
+            for place, count in enumerate(part):
+                for noise, stack in zip(self.noise, stacks, strict=True):
+                    fill(noise, stack[place] if count == self.rows else stack[place, :count])
+        return calls
+
+
+def fill(noise: Noise, where: Tensor) -> None:
+    getattr(where, noise.method)(*noise.arguments)
+
+
+def _zeros(like: Tensor) -> Tensor:
+    return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+
+
 class _Job(NamedTuple):
-    step: Compiled | Differentiable
+    steps: _Steps
     run: Run
-    inputs: list[list[Tensor]]
-    """By step: what it reads beside the state."""
+    inputs: list[Tensor]
+    """What the steps read beside the state, ``(T, rows, ...)``."""
     counts: list[int]
     """Rows that run, by step."""
-    width: int
-    """Leaves of the state."""
-    select: Callable[[int, list[Tensor] | None], Tensor | None]
+    select: Callable[[int, list[Tensor] | None], Tensor | None] | None
 
 
-def roll(run: Run, name: str, fn: Callable[..., Any], state: Any, steps: list[tuple[Any, ...]], counts: list[int],
-         select: Select | None = None) -> Rollout | None:
-    """``state, found = fn(state, *step)`` for one step after the other.
+def roll(run: Run, name: str, fn: Callable[..., Any], state: Any, inputs: Any, counts: list[int], select: Select | None = None
+         ) -> Rollout | None:
+    """``state, found = fn(state, *arguments)`` for one step after the other.
 
     :param state: of as many rows as the first step has.
-    :param steps: arguments of each, of so many rows too: those of sequences that have ended are run on, and not looked at.
+    :param inputs: a tuple of the steps' arguments, their tensors ``(T, rows, ...)``: those of sequences that have ended are run
+        on, and not looked at.
     :param counts: how many rows run at each step.
     :param select: between the steps.
     :returns: ``None`` where the step cannot be compiled.
     """
-    learning, rows = torch.is_grad_enabled(), counts[0]
     start: list[Tensor] = []
     state_plan, width = take_apart(state, start), len(start)
-    plan = take_apart((state, *steps[0]), [])
     start = [value.contiguous() for value in start]  # as those of later steps are
-    by_step = [[value.contiguous() for value in take(arguments)] for arguments in steps]
-    inputs = [*start, *by_step[0]]
-    wanted = [value.is_floating_point() and learning and (index < width or value.requires_grad)
-              for index, value in enumerate(inputs)]
-    key = run.key(name, (plan, tuple(wanted)), inputs)
-    step = run.look_up(name, key, lambda: (
-        Differentiable(run, fn, plan, inputs, wanted, True) if learning else run.compiled(fn, plan, inputs)), True)
-    if step is None or min(counts) < rows and not _by_rows(step, rows):
+    given: list[Tensor] = []
+    plan = (tuple, (state_plan, *take_apart(inputs, given)[1]))
+    given = [value.contiguous() for value in given]
+    learning, rows = torch.is_grad_enabled(), counts[0]
+    wanted = [learning and value.is_floating_point() for value in start] + [learning and v.requires_grad for v in given]
+    examples = [*start, *[value[0] for value in given]]
+    key = run.key(name, (plan, tuple(wanted), select is None), examples)
+    steps = run.look_up(name, key, lambda: _Steps(run, fn, plan, examples, width, wanted, select is not None), True)
+    if steps is None or min(counts) < rows and (steps.random or any(
+            part.shape[:1] != (rows,) or rows in part.shape[1:] for part in steps.noise)):
         return None
 
     def chosen(place: int, results: list[Tensor] | None) -> Tensor | None:
-        if select is None:
-            return None
-        return select(place, None if results is None else put_together(step.plan, iter(results))[1])
+        return select(place, None if results is None else put_together(steps.plan, iter(results))[1])
 
-    job = _Job(step, run, by_step, counts, width, chosen)
-    if learning:
-        tracked = [value for value in start if value.is_floating_point()]
-        tracked += [value for arguments in by_step for value, want in zip(arguments, wanted[width:], strict=True) if want]
-        tracked += [run.live[index] for index in step.joint.learned]
-        results = list(_Rolled.apply(job, [value.detach() for value in start], wanted, *tracked))
+    job = _Job(steps, run, [value.detach() for value in given], counts, None if select is None else chosen)
+    if steps.learning:
+        tracked = [value for value, want in zip([*start, *given], wanted, strict=True) if want]
+        tracked += [run.live[index] for index in steps.joint.learned]
+        results = list(_Rolled.apply(job, [value.detach() for value in start], *tracked))
     else:
-        results, *_ = _forward(job, start)
-    after, found = put_together(step.plan, iter(results[width:]))
+        results = _walk(job, start)[0]
+    after, found = put_together(steps.plan, iter(results[width:]))
     return Rollout(put_together(state_plan, iter(results[:width])), found, after)
 
 
-def take(nest: Any) -> list[Tensor]:
-    tensors: list[Tensor] = []
-    take_apart(nest, tensors)
-    return tensors
+def _traced(run: Run, fn: Callable[..., Any], plan: Any, inputs: list[Tensor]) -> tuple[Any, Any]:
+    found: list[Any] = []
+
+    def flat(*given: Tensor) -> list[Tensor]:
+        tensors: list[Tensor] = []
+        found[:] = [take_apart(fn(*put_together(plan, iter(given))), tensors)]
+        return tensors
+
+    return trace(flat, [value.detach() for value in inputs], run.live), found[0]
 
 
-def _by_rows(step: Compiled | Differentiable, rows: int) -> bool:
-    """Whether the noise of the running rows can be told from that of the others."""
-    if step.joint.graph.random if isinstance(step, Differentiable) else step.drawn_inside:
-        return False
-    return all(part.shape[:1] == (rows,) and rows not in part.shape[1:] for part in step.noise)
+class _Walked(NamedTuple):
+    """What the way back needs."""
+
+    values: list[Tensor]
+    """Stacked values of all steps, ``(T, rows, ...)``; of a last call that goes beyond the end, more of them."""
+    selected: list[Tensor | None]
+    found: list[Tensor]
 
 
-def _draw(part: Noise, count: int) -> Tensor:
-    drawn = part.draw(count)
-    return torch.cat([drawn, drawn.new_zeros(part.shape[0] - count, *part.shape[1:])])
+def _walk(job: _Job, state: list[Tensor]) -> tuple[list[Tensor], _Walked]:
+    """The results: running rows of the states before, the state after, running rows of what was found."""
+    steps, counts, size = job.steps, job.counts, job.steps.steps
+    width, total = steps.width, len(counts)
+    live = [job.run.live[index] for index in steps.live]
+    noise = None if job.select else steps.draw(counts)
+    calls, noises, selected = [], [], []
+    for call, start in enumerate(range(0, total, size)):
+        if job.select is not None:
+            last = calls[-1] if calls else None
+            chosen = job.select(start, None if last is None else [
+                *last[:width], *[value[0] for value in last[2 * width:2 * width + steps.found]]])
+            selected.append(chosen)
+            if chosen is not None:
+                state = [value.index_select(0, chosen) for value in state]
+        drawn = steps.draw(counts[start:start + 1])[0] if noise is None else noise[call]
+        results = steps.forward(*state, *[_part(value, start, size) for value in job.inputs], *live, *drawn)
+        calls.append(results)
+        noises.append(drawn)
+        state = [value.contiguous() for value in results[:width]]
+    joined = [_joined(parts) for parts in list(zip(*calls, strict=True))[width:]]
+    last = state if total % size == 0 else [value[total] for value in joined[:width]]
+    flat = [running_rows(value, counts, steps.rows) for value in joined[:width + steps.found]]
+    walked = _Walked([], selected, joined[width:width + steps.found])
+    if steps.learning:
+        inputs = [value if total % size == 0 else _joined([_part(value, start, size) for start in range(0, total, size)])
+                  for value in job.inputs]
+        walked = walked._replace(values=[*joined[:width], *inputs, *map(_joined, zip(*noises, strict=True)),
+                                         *joined[width + steps.found:]])
+    return [*flat[:width], *last, *flat[width:]], walked
 
 
-def _forward(job: _Job, state: list[Tensor]
-             ) -> tuple[list[Tensor], list[list[Tensor]], list[list[Tensor]], list[Tensor | None]]:
-    """The results of all rows: states before, the state after, what was found; and by step the outputs, the pools, and the rows
-    that were selected before."""
-    step, run, rows = job.step, job.run, job.counts[0]
-    learning, pools, outputs = isinstance(step, Differentiable), [], []
-    before: list[list[Tensor]] = []
-    live = None if learning else [run.live[index] for index in step.live]
-    selected: list[Tensor | None] = []
-    for place, (inputs, count) in enumerate(zip(job.inputs, job.counts, strict=True)):
-        selected.append(job.select(place, outputs[-1] if outputs else None))
-        if selected[-1] is not None:
-            state = [value.index_select(0, selected[-1]) for value in state]
-        noise = [part.draw() if count == rows else _draw(part, count) for part in step.noise]
-        before.append(state)
-        if learning:
-            found, pool = step.pool(run, [*state, *inputs], noise)
-            pools.append(pool)
-        else:
-            found = step.call(*state, *inputs, *live, *noise)
-        outputs.append(found)
-        state = [value.contiguous() for value in found[:job.width]]
-    flat = [_flat(parts, job.counts) for parts in zip(*before, strict=True)]
-    flat += state
-    flat += [_flat(parts, job.counts) for parts in zip(*(found[job.width:] for found in outputs), strict=True)]
-    return flat, outputs, pools, selected
+def _part(value: Tensor, start: int, size: int) -> Tensor:
+    """Some steps; beyond the end, the last one again."""
+    part = value[start:start + size]
+    return part if part.shape[0] == size else torch.cat([part, part[-1:].expand(size - part.shape[0], *part.shape[1:])])
 
 
-def _flat(parts: tuple[Tensor, ...], counts: list[int]) -> Tensor:
-    """The running rows of all steps."""
-    return torch.cat([part if part.shape[0] == count else part[:count] for part, count in zip(parts, counts, strict=True)])
+def _joined(parts: Any) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _by_step(value: Tensor, counts: list[int], shape: torch.Size) -> Tensor:
+    """The reverse, with zeros for the rest."""
+    if value.numel() == shape.numel():
+        return value.reshape(shape)
+    out = value.new_zeros(shape)
+    if min(counts) == shape[1]:
+        out[:len(counts)] = value.reshape(len(counts), *shape[1:])
+    else:
+        for place, part in enumerate(value.split(counts)):
+            out[place, :counts[place]] = part
+    return out
 
 
 class _Rolled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, job: _Job, start: list[Tensor], wanted: list[bool], *tracked: Tensor) -> tuple[Tensor, ...]:
-        results, outputs, ctx.pools, ctx.selected = _forward(job, start)
-        ctx.job, ctx.wanted, ctx.like = job, wanted, outputs[0]
+    def forward(ctx: Any, job: _Job, start: list[Tensor], *tracked: Tensor) -> tuple[Tensor, ...]:
+        results, ctx.walked = _walk(job, start)
+        ctx.job = job
         ctx.set_materialize_grads(False)
-        width, has = job.width, set(job.step.joint.differentiable)
-        fixed = [value for value in results[:width] if not value.is_floating_point()] + results[width:2 * width]
-        fixed += [value for place, value in enumerate(results[2 * width:], start=width) if place not in has]
+        steps, width = job.steps, job.steps.width
+        fixed = [results[place] for place in range(width) if not steps.wanted[place]] + results[width:2 * width]
+        fixed += [value for place, value in enumerate(results[2 * width:], start=width) if place not in steps.of_found]
         ctx.mark_non_differentiable(*fixed)
         return tuple(results)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        job, step, pools, width = ctx.job, ctx.job.step, ctx.pools, ctx.job.width
-        ctx.pools = None
-        rows, counts, joint = job.counts[0], job.counts, step.joint
-        floating = [place for place in range(width) if ctx.wanted[place]]
-        of_before = [None if gradients[place] is None else gradients[place].split(counts) for place in range(width)]
-        of_found = {place: None if gradients[place + width] is None else gradients[place + width].split(counts)
-                    for place in joint.differentiable if place >= width}
-        zeros = {place: torch.zeros(like.shape, dtype=like.dtype, device=like.device)
-                 for place in joint.differentiable for like in [ctx.like[place]]}
-        adjoint: dict[int, Tensor | None] = dict.fromkeys(range(width))
-        to_inputs: list[list[Tensor]] = []
-        number = sum(ctx.wanted)
-        weights: list[Tensor | None] | None = None
-        for t in reversed(range(len(counts))):
-            count = counts[t]
-            for place in joint.differentiable:
-                if place < width:
-                    given = adjoint[place]
-                else:
-                    given = None if of_found[place] is None else _whole(of_found[place][t], rows)
-                pools[t].append(zeros[place] if given is None else given.contiguous())
-            found = step.backward(pools[t])
-            pools[t].extend(found[number:])
-            if not step.by_rows:  # step by step
-                weights = _sum(weights, step.weights_of(job.run, rows)(pools[t]))
-            for index, place in enumerate(floating):
-                gradient, direct = found[index], of_before[place]
-                if count < rows and gradient is not None:
-                    gradient = _whole(gradient[:count], rows)
-                if direct is not None:
-                    direct = _whole(direct[t], rows)
-                    gradient = direct if gradient is None else gradient + direct
-                if gradient is not None and ctx.selected[t] is not None:
-                    gradient = torch.zeros_like(gradient).index_add_(0, ctx.selected[t], gradient)
-                adjoint[place] = gradient
-            others = found[len(floating):number]
-            to_inputs.append(list(others) if count == rows else [
-                None if value is None else _whole(value[:count], rows) for value in others])
-        if step.by_rows:
-            weights = _of_weights(job, pools)
-        inputs = [value for parts in reversed(to_inputs) for value in parts]
-        return None, None, None, *[adjoint[place] for place in floating], *inputs, *weights
+        job, steps, walked, width = ctx.job, ctx.job.steps, ctx.walked, ctx.job.steps.width
+        ctx.walked = None
+        counts, size, rows = job.counts, steps.steps, steps.rows
+        total = -(-len(counts) // size) * size
+        live = [job.run.live[index] for index in steps.live]
 
+        def stacked(gradient: Tensor | None, like: Tensor) -> Tensor:
+            shape = torch.Size((total, *like.shape[1:]))
+            return like.new_zeros(shape) if gradient is None else _by_step(gradient.contiguous(), counts, shape)
 
-def _sum(total: list[Tensor | None] | None, part: Any) -> list[Tensor | None]:
-    if total is None:
-        return list(part)
-    return [a if b is None else a + b for a, b in zip(total, part, strict=True)]
-
-
-def _whole(value: Tensor, rows: int) -> Tensor:
-    """With zeros for the rows that do not run."""
-    count = value.shape[0]
-    return value.contiguous() if count == rows else torch.cat([value, value.new_zeros(rows - count, *value.shape[1:])])
-
-
-def _of_weights(job: _Job, pools: list[list[Tensor]]) -> list[Tensor | None]:
-    """The gradients of the parameters, from the values of all steps together."""
-    step, total = job.step, sum(job.counts)
-    part = step.weights_of(job.run, total)
-    if part is None:  # another graph at so many rows: step by step
-        one, sums = step.weights_of(job.run, job.counts[0]), None
-        for pool in pools:
-            sums = _sum(sums, one(pool))
-        return sums
-    size = part.rows
-    given = []
-    first, last = len(step.wanted), len(step.wanted) + len(step.joint.graph.live)
-    for index in part.taken:
-        if first <= index < last:
-            given.append(pools[0][index])
-            continue
-        value = _flat(tuple(pool[index] for pool in pools), job.counts).contiguous()
-        if total < size:
-            more = (size - total, *value.shape[1:])
-            value = torch.cat([value, value.new_zeros(more) if index >= step.linear else value[:1].expand(more)])
-        given.append(value)
-    return list(part.call(*given))
+        by_found = [stacked(gradients[width + place], walked.found[place - width]) for place in steps.of_found]
+        direct = [stacked(gradients[place], walked.values[place]) for place in steps.floating]
+        running = torch.arange(rows, device=walked.values[0].device) < torch.tensor(
+            [*counts, *[0] * (total - len(counts))], device=walked.values[0].device)[:, None]
+        adjoint = [torch.zeros_like(part[0]) for part in direct]
+        needed = [walked.values[index] for index in steps.needed]
+        shared = [live[index] for index in steps.needed_live]
+        calls: list[list[Tensor]] = []
+        for start in reversed(range(0, total, size)):
+            part = slice(start, start + size)
+            found = steps.backward(*adjoint, running[part], *shared, *[value[part] for value in needed],
+                                   *[value[part] for value in by_found], *[value[part] for value in direct])
+            adjoint = [value.contiguous() for value in found[:len(adjoint)]]
+            if walked.selected and walked.selected[start] is not None:
+                adjoint = [torch.zeros_like(value).index_add_(0, walked.selected[start], value) for value in adjoint]
+            calls.append(found[len(adjoint):])
+        joined = [_joined(parts) for parts in zip(*reversed(calls), strict=True)]
+        others = iter(joined)
+        inputs = [next(others)[:len(counts)] if reached else None for reached in steps.reached]
+        weights = steps.weights(job.run, steps.by_name(walked.values, by_found, list(others)), counts)
+        return None, None, *adjoint, *inputs, *weights

@@ -15,7 +15,7 @@ from pyro_seq.engine.families import apart, rebuilt
 from pyro_seq.engine.loop import Plan, Step, Window, draw_step, weighted_step
 from pyro_seq.engine.score import Term, join, step_terms, term_of, terms
 from pyro_seq.engine.sites import Site, StepSites, check_support
-from pyro_seq.engine.state import State, by_step, map_state
+from pyro_seq.engine.state import State, map_state
 from pyro_seq.sequences import Frame, Packed, Sequences, first_rows, repeat_rows
 
 __all__ = ["Whole", "draw_and_score", "draw_and_weigh", "remembered"]
@@ -50,7 +50,8 @@ class Loop(NamedTuple):
     plan: Plan
     frames: list[Frame]
     """Of all steps; sequences that have ended keep their rows."""
-    encodings: list[State]
+    encodings: State
+    """``(T, rows, ...)``"""
     state: State
     """Before the first step; ``None`` for a state-space model, whose first step is another than the later ones."""
     checked: bool
@@ -58,9 +59,12 @@ class Loop(NamedTuple):
     functions: _Functions
     generator: _Generator
 
-    def arguments(self, begun: int) -> list[tuple[Any, ...]]:
-        """What the steps from place ``begun`` on read beside the state."""
-        return [(encoding, _data(frame)) for encoding, frame in zip(self.encodings[begun:], self.frames[begun:], strict=True)]
+    def first_encoding(self) -> State:
+        return map_state(lambda leaf: leaf[0], self.encodings)
+
+    def arguments(self, begun: int) -> tuple[State, _Data]:
+        """What the steps from place ``begun`` on read beside the state, ``(T, rows, ...)``."""
+        return map_state(lambda leaf: leaf[begun:], self.encodings), _stacked(self.frames[begun:])
 
 
 def ready(compiler: Compiler, model: Any, guide: Any, sequences: Sequences, window: Window, num_particles: int) -> Loop | None:
@@ -81,8 +85,8 @@ def ready(compiler: Compiler, model: Any, guide: Any, sequences: Sequences, wind
             encodings = map_state(lambda leaf: leaf[:, start - 1:stop], encodings)
     # By time first, so that each step's rows lie together.
     running = packed.counts[start - 1]
-    encodings = by_step(map_state(lambda leaf: repeat_rows(first_rows(packed.sort(leaf), running), num_particles)
-                                  .transpose(0, 1).contiguous().transpose(0, 1), encodings), stop - start + 1)
+    encodings = map_state(lambda leaf: repeat_rows(first_rows(packed.sort(leaf), running), num_particles).transpose(
+        0, 1).contiguous(), encodings)
     frames = list(packed.frames(num_particles, start, stop, finished=True))
     state = model.begin(frames[0]) if start == 1 else map_state(lambda leaf: leaf[:frames[0].rows], window.state)
     checked = start > 1 or state is not None and plan.supports is not None
@@ -101,7 +105,7 @@ def draw_and_score(compiler: Compiler, model: Any, guide: Any, sequences: Sequen
         return None
     packed, state, first = sequences.packed, loop.state, []
     if not loop.checked:
-        sites, after, further = draw_step(model, guide, state, loop.frames[0], loop.encodings[0], loop.plan)
+        sites, after, further = draw_step(model, guide, state, loop.frames[0], loop.first_encoding(), loop.plan)
         first, state = [Step(loop.frames[0], sites, state, after, None, None, further)], after
     begun = window.start + len(first)
     counts = [count * num_particles for count in packed.counts[begun - 1:window.stop]]
@@ -129,7 +133,7 @@ def draw_and_weigh(compiler: Compiler, model: Any, guide: Any, sequences: Sequen
         return None
     packed, state, first = sequences.packed, loop.state, []
     if not loop.checked:
-        sites, after, _, further = weighted_step(model, guide, state, loop.frames[0], loop.encodings[0])
+        sites, after, _, further = weighted_step(model, guide, state, loop.frames[0], loop.first_encoding())
         first, state = [Step(loop.frames[0], sites, state, after, None, None, further)], after
     begins = step_terms(model, first[0].sites) if first else None
     begun = window.start + len(first)
@@ -164,6 +168,16 @@ def _further(first: list[Step], rolled: Rollout) -> Tensor | None:
     """The sum of the guide's further objective."""
     parts = [part.sum() for part in (*(step.auxiliary for step in first), rolled.found["auxiliary"]) if part is not None]
     return sum(parts) if parts else None
+
+
+def _stacked(frames: list[Frame]) -> _Data:
+    """The data of several steps, ``(T, rows, ...)``."""
+    def stack(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+
+    return _Data(stack([frame.x for frame in frames]), stack([frame.covariates for frame in frames]),
+                 stack([frame.observed for frame in frames]), torch.stack([frame.sequence for frame in frames]),
+                 torch.stack([frame.time for frame in frames]))
 
 
 def _data(frame: Frame) -> _Data:
