@@ -87,7 +87,8 @@ class Run:
     def __init__(self, compiler: Compiler, reads: Reads, modules: tuple[Any, ...]):
         self.compiler, self.reads = compiler, reads
         self.live, values = reads.now()
-        self.state = (modules, values, tuple(map(_form, self.live)), torch.get_num_threads(), torch.is_grad_enabled())
+        self.state = (modules, values, tuple(map(_form, self.live)), torch.get_num_threads(), torch.is_grad_enabled(),
+                      torch.get_default_dtype())
         self.state_hash = hash(self.state)
 
     def size(self, name: str, rows: int) -> int:
@@ -128,6 +129,12 @@ class Run:
             self.compiler.warn(name, str(error))
             known[key] = None
         return known[key]
+
+    def find(self, name: str, fn: Callable[..., Any], *arguments: Any) -> Compiled | None:
+        """``fn`` as compiled for arguments like these, for whoever calls it at once many times."""
+        inputs: list[Tensor] = []
+        plan = take_apart(arguments, inputs)
+        return self.look_up(name, self.key(name, plan, inputs), lambda: self.compiled(fn, plan, inputs))
 
     def call(self, name: str, fn: Callable[..., Any], *arguments: Any) -> Any:
         """``fn(*arguments)``, compiled; without gradients."""

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, fx
 from torch.distributions import Distribution
 from torch.func import functionalize
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Graph", "Noise", "Untraceable", "trace", "unchanged_generator", "unvalidated"]
+__all__ = ["Graph", "Noise", "Untraceable", "is_traced", "trace", "unchanged_generator", "unvalidated"]
 
 _aten = torch.ops.aten
 # Random operators whose numbers depend on nothing that is computed, and the method that draws them in place.
@@ -122,6 +122,11 @@ def unvalidated() -> Iterator[None]:
         yield
     finally:
         Distribution.set_default_validate_args(usual)
+
+
+def is_traced() -> bool:
+    """Whether a step is being traced, so that no value can be looked at."""
+    return get_proxy_mode() is not None
 
 
 def _refuse_strangers(module: fx.GraphModule) -> None:
