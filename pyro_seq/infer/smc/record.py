@@ -61,7 +61,7 @@ class Record:
 
     def __init__(self, packed: Packed, particles: int, measured: Measured = values_of, history: bool = False):
         self.packed, self.particles, self.measured, self.history = packed, particles, measured, history
-        self.smooths_by_ancestors = history
+        self.smooths_by_ancestors = self.reads_steps = history
         self.factors: list[Tensor] = []
         self.ess_found: list[Tensor] = []
         self.largest_found: list[Tensor] = []

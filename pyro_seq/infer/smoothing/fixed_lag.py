@@ -97,6 +97,7 @@ class _Lagged(Record):
 
     def __init__(self, packed: Packed, particles: int, measured: Measured, lag: int):
         super().__init__(packed, particles, measured)
+        self.reads_steps = True
         self.lag = lag
         self.recent: list[_Recent] = []
         self.parts: list[dict[str, list[tuple[Tensor, Tensor]]]] = []

@@ -104,6 +104,7 @@ class _Sums(Record):
 
     def __init__(self, packed: Packed, smoother: Paris):
         super().__init__(packed, smoother.num_particles, smoother.measured)
+        self.reads_steps = True
         self.smoother = smoother
         self.kernel = BackwardKernel(smoother.model, smoother.method)
         self.before: Step | None = None
