@@ -156,9 +156,11 @@ class Run:
             return tensors
 
         graph = trace(flat, inputs, self.live)
-        examples = [*inputs, *(self.live[index] for index in graph.live), *(part.draw() for part in graph.noise)]
-        return Compiled(self.compiler.build(graph.module, examples), graph.live, graph.noise, result[0],
-                        graph.random)
+        devices = sorted({value.device for value in inputs if value.device.type == "cuda"}, key=str)
+        with torch.random.fork_rng(devices):  # to compile is to draw nothing
+            examples = [*inputs, *(self.live[index] for index in graph.live), *(part.draw() for part in graph.noise)]
+            call = self.compiler.build(graph.module, examples)
+        return Compiled(call, graph.live, graph.noise, result[0], graph.random)
 
 
 class _Key:

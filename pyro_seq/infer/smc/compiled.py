@@ -1,4 +1,4 @@
-"""A run of the particle filter whose turns are compiled: what is decided by values, and what cannot be compiled, is done here."""
+"""A run of the particle filter with compiled turns: what is decided by values, and what cannot be compiled, is done here."""
 
 from __future__ import annotations
 
@@ -18,15 +18,19 @@ from pyro_seq.engine.sites import Site
 from pyro_seq.engine.state import State, by_step, map_state
 from pyro_seq.engine.weights import Weights
 from pyro_seq.infer.smc.families import Families
-from pyro_seq.infer.smc.population import Population, which
+from pyro_seq.infer.smc.population import Population, Resampled, resample, which
 from pyro_seq.infer.smc.record import Record, Told
 from pyro_seq.infer.smc.turn import Carried, Given, Kind, Turn, turn
+from pyro_seq.resampling import Ancestral, multinomial, residual, stratified, systematic
 from pyro_seq.sequences import Frame, Packed, Sequences, first_rows, repeat_rows
 
 if TYPE_CHECKING:
     from pyro_seq.infer.particle_filter import ParticleFilter
 
 __all__ = ["Failed", "filter_compiled"]
+
+
+_COMPILED = (multinomial, residual, stratified, systematic)
 
 
 class Failed(Exception):
@@ -80,6 +84,8 @@ class _Run:
         self.ess = self.largest = torch.empty(0)
         self.least = 0.0
         """The effective sample size below which particles are resampled."""
+        self.inside = isinstance(method.resampler, Ancestral) and method.resampler.scheme in _COMPILED
+        """Whether what resamples is part of a turn; a function that the user wrote, or that takes its time, runs as written."""
         self.exact = False
         """Whether graphs draw random numbers themselves, so that no row may be there for nothing."""
 
@@ -100,30 +106,36 @@ class _Run:
             low = [ess < self.least for ess in self.ess.tolist()[:running]]
             how = "none" if True not in low else "all" if False not in low else "some"
             chosen = torch.tensor(low, device=self.ess.device) if how == "some" else None
-        kind = Kind(how, missing, self.record.reads_steps)
-        found = self.turn(kind, t, running, looked, chosen if how == "some" else None)
+        kind, resampled = Kind(how, missing, self.record.reads_steps), None
+        if how != "none" and not self.inside:
+            weights = self.weights().first(running)
+            resampled = resample(self.method.resampler, weights, looked, self.before(t)[1], chosen, how)
+        extra = chosen if how == "some" and self.inside else None, looked, resampled
+        found = self.turn(kind, t, running, extra)
         if found is None:
-            return self.as_written(t)
+            return self.as_written(t, resampled, looked)
         if running < self.running:
             self.hand_over()
             self.record.set_aside(running)
             self.running = running
-        self.compiled(found, t, looked, chosen if how == "some" else None)
+        self.compiled(found, t, extra)
 
-    def turn(self, kind: Kind, t: int, running: int, looked: Tensor | None, chosen: Tensor | None) -> _Turn | None:
+    def turn(self, kind: Kind, t: int, running: int, extra: tuple[Any, ...]) -> _Turn | None:
         """A turn as compiled, if it is."""
         size = self.size(running)
         key = kind, size, self.form
         if key not in self.turns:
             carried = put_together(self.plan, iter(_resized(self.flat, size)))
-            extra = [None if value is None else _padded(value, size) for value in (chosen, looked)]
-            given = self.given.at(t, size)._replace(chosen=extra[0], looked=extra[1])
+            tensors: list[Tensor] = []
+            plan = take_apart(extra, tensors)
+            extra = put_together(plan, iter([_padded(value, size) for value in tensors]))
+            given = self.given.at(t, size)._replace(chosen=extra[0], looked=extra[1], resampled=extra[2])
             compiled = self.run.find("the step", self._turn, self.method.resampler, kind, carried, given)
             if compiled is None:
                 return None
             if compiled.drawn_inside and not self.exact:
                 self.exact = True
-                return self.turn(kind, t, running, looked, chosen)
+                return self.turn(kind, t, running, extra)
             self.turns[key] = _Turn(compiled, self.run.live)
         return self.turns[key]
 
@@ -131,7 +143,7 @@ class _Run:
         return turn(self.model, self.guide, self.method.measured, resampler, kind, carried, given)
 
     def size(self, running: int) -> int:
-        """A number of sequences, at least ``running``, that turns are compiled for: a quarter of all, a quarter of that, ..."""
+        """A number of sequences, at least ``running``, that turns are compiled for: all, a quarter of them, ..."""
         if self.exact:
             return running
         size = self.packed.counts[0]
@@ -139,16 +151,19 @@ class _Run:
             size //= 4
         return size
 
-    def compiled(self, found: _Turn, t: int, looked: Tensor | None, chosen: Tensor | None) -> None:
+    def compiled(self, found: _Turn, t: int, extra: tuple[Any, ...]) -> None:
         running, size, where = self.running, self.size(self.running), found.where
         flat = self.flat if len(self.flat[-1]) == size else _resized(self.flat, size)
-        extra = [_padded(value, size) for value in (chosen, looked) if value is not None]
+        tensors: list[Tensor] = []
+        if extra != (None, None, None):
+            take_apart(extra, tensors)
+            tensors = [_padded(value, size) for value in tensors]
         if size == running:
             noise = [part.draw() for part in found.compiled.noise]
         else:
             noise = [_some(part, running, size, self.particles) for part in found.compiled.noise]
         try:
-            results = found.compiled.call(*flat, *self.given.flat(t, size), *extra, *found.live, *noise)
+            results = found.compiled.call(*flat, *self.given.flat(t, size), *tensors, *found.live, *noise)
         except RuntimeError as error:  # an index out of range
             raise Failed from error
         self.flat, self.plan = list(results[:found.carried]), found.plan
@@ -180,8 +195,11 @@ class _Run:
                     weights.log, ancestors, None)
         self.record.add(step, weights, factor, None, Told(Families(carried.eve, carried.log_correction), moments))
 
-    def as_written(self, t: int) -> None:
-        """A step as the run as written does it."""
+    def as_written(self, t: int, resampled: Resampled | None = None, looked: Tensor | None = None) -> None:
+        """A step as the run as written does it.
+
+        :param resampled: what has been, if anything, with ``looked``.
+        """
         running, population, record = self.packed.counts[t - 1], self.population, self.record
         frame, state, encoding = self.before(t)
         log = None
@@ -189,7 +207,15 @@ class _Run:
             self.hand_over()
             population.weights = self.weights()
             log = population.weights.log[:running]
-        step = advance(self.model, self.guide, frame, state, encoding, log, self.particles, population.between, self.checks)
+        between = population.between
+        if resampled is not None:
+            population.base, population.chances = resampled.base, resampled.chances
+            population.foreseen = 0.0 if looked is None else resampled.foreseen(looked)
+
+            def between(*_: Any) -> tuple[Tensor | None, Tensor]:
+                return resampled.plan, resampled.log_weights
+
+        step = advance(self.model, self.guide, frame, state, encoding, log, self.particles, between, self.checks)
         self.names = same_latents(self.model, self.names, step.sites, frame)
         refuse_scaled(self.model, step)
         factor = population.weigh(step, self.batch)
@@ -208,7 +234,8 @@ class _Run:
         running = self.packed.counts[t - 1]
         frame, rows = self.frame(t), running * self.particles
         state = self.model.begin(frame) if t == 1 else map_state(lambda leaf: first_rows(leaf, rows), self.carried().state)
-        return frame, state, map_state(lambda leaf: repeat_rows(first_rows(leaf, running), self.particles), self.encodings[t - 1])
+        encoding = map_state(lambda leaf: repeat_rows(first_rows(leaf, running), self.particles), self.encodings[t - 1])
+        return frame, state, encoding
 
     def frame(self, t: int) -> Frame:
         return next(self.packed.frames(self.particles, t, t))
@@ -248,7 +275,7 @@ class _Given:
         running = self.running[t - 1]
         return Given(rows(self.x), rows(self.covariates), rows(self.observed),
                      map_state(lambda leaf: first_rows(leaf, size), self.encodings[t - 1]), first_rows(self.order, size),
-                     self.times[t - 1], None if running is None else first_rows(running, size), None, None)
+                     self.times[t - 1], None if running is None else first_rows(running, size), None, None, None)
 
     def flat(self, t: int, size: int) -> list[Tensor]:
         tensors: list[Tensor] = []
@@ -275,7 +302,8 @@ def _resized(flat: list[Tensor], size: int) -> list[Tensor]:
 
 def _padded(value: Tensor, rows: int) -> Tensor:
     """The first rows, or further ones that are like the first."""
-    return value[:rows] if len(value) >= rows else torch.cat([value, value[:1].expand(rows - len(value), *value.shape[1:])])
+    more = rows - len(value)
+    return value[:rows] if more <= 0 else torch.cat([value, value[:1].expand(more, *value.shape[1:])])
 
 
 def _some(noise: Noise, running: int, size: int, particles: int) -> Tensor:

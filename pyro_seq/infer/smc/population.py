@@ -40,7 +40,8 @@ class Population:
         """``(n,)`` log mean weight with which the next step begins."""
         self.adapted = True
         """Whether each step's weights were what ``look_ahead`` said, whatever was drawn (to rounding)."""
-        self._foreseen: Tensor | float = 0.0
+        self.foreseen: Tensor | float = 0.0
+        """``(n, N)`` the weights after the step, if they are what ``look_ahead`` said."""
         self.chosen: Tensor | None = None
         """``(n,)`` which sequences were resampled before the last step."""
         self.chances: Tensor | None = None
@@ -54,7 +55,7 @@ class Population:
         found = resample(self.resampler, weights, looked, state, self.chosen, which(self.chosen))
         self.base, self.chances = found.base, found.chances
         if looked is not None:
-            self._foreseen = found.foreseen(looked)
+            self.foreseen = found.foreseen(looked)
         return found.plan, found.log_weights
 
     def looked(self, frame: Frame, state: State, encoding: Any, log_weights: Tensor) -> Tensor | None:
@@ -83,7 +84,7 @@ class Population:
         if not math.isfinite(self.weights.log_mean.detach().sum()):  # a finite sum has finite terms
             raise ValueError(_not_finite(step, step.log_weights.detach().amax(-1), batch))
         if self.look_ahead is not None and self.adapted:
-            self.adapted = bool(as_foreseen(step.log_weights.detach(), self._foreseen).all())
+            self.adapted = bool(as_foreseen(step.log_weights.detach(), self.foreseen).all())
         return self.weights.log_mean - self.base
 
 

@@ -73,7 +73,8 @@ class Record:
         self.ended: list[tuple[State, Tensor]] = []
         self.last: tuple[State, Weights] | None = None
 
-    def add(self, step: Step, weights: Weights, factor: Tensor, chances: Tensor | None = None, told: Told | None = None) -> None:
+    def add(self, step: Step, weights: Weights, factor: Tensor, chances: Tensor | None = None, told: Told | None = None
+            ) -> None:
         """
         :param factor: ``(n,)`` log of the step's factor of the evidence.
         :param chances: ``(n, N)`` by which the step's ancestors were drawn; by the weights when omitted.
@@ -82,7 +83,8 @@ class Record:
         n = factor.shape[0]
         self.set_aside(n)
         if told is None:
-            told = tell(self.families, None if self.last is None else self.last[1].first(n), step, weights, chances, self.measured)
+            before = None if self.last is None else self.last[1].first(n)
+            told = tell(self.families, before, step, weights, chances, self.measured)
         self.families, self.last = told.families, (step.state, weights)
         self.keep(factor, weights.ess, weights.largest, told.moments)
         if self.history:

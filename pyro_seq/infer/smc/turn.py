@@ -13,7 +13,7 @@ from pyro_seq.engine.loop import advance, refuse_scaled
 from pyro_seq.engine.state import State, map_state
 from pyro_seq.engine.weights import Weights
 from pyro_seq.infer.smc.families import Families
-from pyro_seq.infer.smc.population import as_foreseen, resample
+from pyro_seq.infer.smc.population import Resampled, as_foreseen, resample
 from pyro_seq.infer.smc.record import Measured, tell
 from pyro_seq.resampling import Resampler
 from pyro_seq.sequences import Frame, repeat_rows
@@ -63,6 +63,8 @@ class Given(NamedTuple):
     """``(n,)`` booleans: which to resample, where that is some of them."""
     looked: Tensor | None
     """``(n, N)`` log factors by which particles are favoured."""
+    resampled: Resampled | None
+    """What has been resampled outside."""
 
 
 class Turn(NamedTuple):
@@ -94,7 +96,7 @@ def turn(model: Any, guide: Any, measured: Measured, resampler: Resampler, kind:
     frame = Frame(given.t.expand(n * particles), n * particles, named(given.x), named(given.covariates), kind.missing,
                   rows(given.sequence), False, named(given.observed), carried.log.device)
     weights = Weights(carried.log, carried.normalised, carried.log_mean, carried.log_mean, carried.log_mean)
-    found = resample(resampler, weights, given.looked, carried.state, given.chosen, kind.how)
+    found = given.resampled or resample(resampler, weights, given.looked, carried.state, given.chosen, kind.how)
     step = advance(model, guide, frame, carried.state, map_state(rows, given.encoding), carried.log, particles,
                    lambda *_: (found.plan, found.log_weights), nullcontext())
     refuse_scaled(model, step)

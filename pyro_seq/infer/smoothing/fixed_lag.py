@@ -103,7 +103,8 @@ class _Lagged(Record):
         self.parts: list[dict[str, list[tuple[Tensor, Tensor]]]] = []
         """By time and site: moments of the sequences that have them, the shorter ones first."""
 
-    def add(self, step: Step, weights: Weights, factor: Tensor, chances: Tensor | None = None, told: Told | None = None) -> None:
+    def add(self, step: Step, weights: Weights, factor: Tensor, chances: Tensor | None = None, told: Told | None = None
+            ) -> None:
         super().add(step, weights, factor, chances, told)
         n = len(factor)
         for past in self.recent:

@@ -112,7 +112,8 @@ class _Sums(Record):
         """``(n, N, ...)``"""
         self.expected: list[Tensor] = []
 
-    def add(self, step: Step, weights: Weights, factor: Tensor, chances: Tensor | None = None, told: Told | None = None) -> None:
+    def add(self, step: Step, weights: Weights, factor: Tensor, chances: Tensor | None = None, told: Told | None = None
+            ) -> None:
         super().add(step, weights, factor, chances, told)
         n, particles = weights.log.shape
         if self.before is None:
