@@ -118,6 +118,7 @@ class _Run:
             self.hand_over()
             self.record.set_aside(running)
             self.running = running
+            self.hand_over()
         self.compiled(found, t, extra)
 
     def turn(self, kind: Kind, t: int, running: int, extra: tuple[Any, ...]) -> _Turn | None:
