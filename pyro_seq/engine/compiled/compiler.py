@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 from tqdm import tqdm
 
+from pyro_seq.engine.compiled.inductor import compiled
 from pyro_seq.engine.compiled.nest import put_together, take_apart
 from pyro_seq.engine.compiled.products import use_faster_products
 from pyro_seq.engine.compiled.reads import Reads
@@ -197,14 +198,12 @@ def unchanged(run: Run):
 
 
 def _build(module: fx.GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
-    import torch._inductor as inductor
-
     examples = [value.detach() for value in examples]
     use_faster_products(module)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return inductor.compile(module, examples, options={"fallback_random": True})
+            return compiled(module, examples, fallback_random=True)
     except Exception as error:
         text = str(error).split("\n")[0]
         if "compiler" in text.lower() or "CXX" in text:

@@ -82,6 +82,8 @@ class _Run:
         self.form: Hashable = None
         self.running = packed.counts[0]
         self.ess = self.largest = torch.empty(0)
+        self.sizes: list[float] = []
+        """``ess``"""
         self.least = 0.0
         """The effective sample size below which particles are resampled."""
         self.inside = isinstance(method.resampler, Ancestral) and method.resampler.scheme in _COMPILED
@@ -103,7 +105,7 @@ class _Run:
         elif self.method.ess_threshold == 1.0:
             how = "all"
         else:
-            low = [ess < self.least for ess in self.ess.tolist()[:running]]
+            low = [ess < self.least for ess in self.sizes[:running]]
             how = "none" if True not in low else "all" if False not in low else "some"
             chosen = torch.tensor(low, device=self.ess.device) if how == "some" else None
         kind, resampled = Kind(how, missing, self.record.reads_steps), None
@@ -155,10 +157,7 @@ class _Run:
     def compiled(self, found: _Turn, t: int, extra: tuple[Any, ...]) -> None:
         running, size, where = self.running, self.size(self.running), found.where
         flat = self.flat if len(self.flat[-1]) == size else _resized(self.flat, size)
-        tensors: list[Tensor] = []
-        if extra != (None, None, None):
-            take_apart(extra, tensors)
-            tensors = [_padded(value, size) for value in tensors]
+        tensors = [_padded(value, size) for value in _tensors(extra)] if any(part is not None for part in extra) else []
         if size == running:
             noise = [part.draw() for part in found.compiled.noise]
         else:
@@ -177,7 +176,8 @@ class _Run:
         if size > running:
             factor, ess, largest = factor[:running], ess[:running], largest[:running]
             moments = {name: (mean[:running], variance[:running]) for name, (mean, variance) in moments.items()}
-        if not math.isfinite(ess.sum()):
+        self.sizes = ess.tolist()
+        if not math.isfinite(sum(self.sizes)):
             raise Failed
         if where.adapted is not None:
             self.population.adapted = self.population.adapted and bool(results[where.adapted][:running].all())
@@ -223,6 +223,7 @@ class _Run:
         weights = population.weights
         record.add(step, weights, factor, population.chances)
         self.running, self.ess, self.largest, self.flat = running, weights.ess, weights.largest, []
+        self.sizes = weights.ess.tolist()
         families = record.families
         self.plan = take_apart(Carried(step.state, weights.log, weights.normalised, weights.log_mean, families.eve,
                                        families.log_correction), self.flat)
@@ -268,6 +269,7 @@ class _Given:
         self.encodings, self.order, steps = encodings, packed.order, len(packed.counts)
         self.times = torch.arange(1, steps + 1, device=packed.order.device).unbind(0)
         self.running = packed.running.unbind(0) if ragged else (None,) * steps
+        self.tensors: dict[int, list[tuple[Tensor, ...]]] = {}
 
     def at(self, t: int, size: int) -> Given:
         def rows(values: dict[str, tuple[Tensor, ...]]) -> dict[str, Tensor]:
@@ -278,10 +280,25 @@ class _Given:
                      map_state(lambda leaf: first_rows(leaf, size), self.encodings[t - 1]), first_rows(self.order, size),
                      self.times[t - 1], None if running is None else first_rows(running, size), None, None, None)
 
-    def flat(self, t: int, size: int) -> list[Tensor]:
-        tensors: list[Tensor] = []
-        take_apart(self.at(t, size), tensors)
-        return tensors
+    def flat(self, t: int, size: int) -> tuple[Tensor, ...]:
+        """The tensors of that, in order."""
+        if size not in self.tensors:
+            columns = [*self.x.values(), *self.covariates.values(), *self.observed.values()]
+            whole = len(self.order) == size
+            columns = columns if whole else [[first_rows(value, size) for value in column] for column in columns]
+            if self.encodings[0] is not None:
+                columns.extend(zip(*[map(lambda leaf: first_rows(leaf, size), _tensors(part)) for part in self.encodings]))
+            columns.extend(([first_rows(self.order, size)] * len(self.times), self.times))
+            if self.running[0] is not None:
+                columns.append(self.running if whole else [value[:size] for value in self.running])
+            self.tensors[size] = list(zip(*columns, strict=True))
+        return self.tensors[size][t - 1]
+
+
+def _tensors(nest: Any) -> list[Tensor]:
+    tensors: list[Tensor] = []
+    take_apart(nest, tensors)
+    return tensors
 
 
 def _places(nest: Any) -> list[int]:
