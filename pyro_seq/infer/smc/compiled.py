@@ -74,6 +74,8 @@ class _Run:
         self.ragged = packed.counts[-1] < packed.counts[0]
         self.encodings = by_step(map_state(packed.sort, guide.prepare_rows(sequences)), sequences.num_steps)
         self.given = _Given(packed, self.encodings, self.ragged)
+        if model.state_grows:
+            method.compiler.warn("the step", "the state of a from_pyro model is its path, longer at each step")
         self.checks, self.names = Checked(), None
         self.turns: dict[Hashable, _Turn] = {}
         self.flat: list[Tensor] = []
