@@ -200,6 +200,13 @@ def test_what_has_changed_since_is_seen():
     assert compiled_graphs(compiled) == 2
 
 
+def test_series_of_other_lengths_need_no_other_code():
+    compiled = filtered(Level(), ess_threshold=0.0)(True)
+    for steps in (5, 9, 12):
+        compiled.run(torch.randn(1, steps, 2), u=torch.randn(1, steps))
+    assert compiled_graphs(compiled) == 1
+
+
 def test_a_step_that_decides_by_a_value_runs_as_written():
     with pytest.warns(UserWarning, match="ParticleFilter: the step runs as written, not compiled, since it decides by the "
                       r"value .*test_compiled_filter\.py, line \d+: scale = 0\.5 if self\.mean < 0"):

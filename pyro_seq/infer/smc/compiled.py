@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from pyro_seq.engine.compiled.compiler import Compiled, Run
 from pyro_seq.engine.compiled.nest import put_together, take_apart
 from pyro_seq.engine.compiled.trace import Noise
 from pyro_seq.engine.loop import Checked, Step, advance, refuse_scaled, same_latents
 from pyro_seq.engine.sites import Site
-from pyro_seq.engine.state import State, by_step, map_state
+from pyro_seq.engine.state import State, map_state
 from pyro_seq.engine.weights import Weights
 from pyro_seq.infer.smc.families import Families
 from pyro_seq.infer.smc.population import Population, Resampled, resample, which
@@ -45,7 +46,7 @@ def filter_compiled(method: ParticleFilter, guide: Any, sequences: Sequences, re
     :raises Failed: where the run as written raises an error.
     """
     found = _Run(method, guide, sequences, record, batch)
-    for t in range(1, sequences.num_steps + 1):
+    for t in tqdm(range(1, sequences.num_steps + 1), disable=not method.progress, desc="particle filter"):
         found.step(t)
     found.hand_over()
     record.finish()
@@ -72,7 +73,8 @@ class _Run:
         self.packed, self.particles, self.population = packed, method.num_particles, method.population(guide)
         self.run: Run = method.compiler.run(*((model,) if method.guide is None else (model, guide)))
         self.ragged = packed.counts[-1] < packed.counts[0]
-        self.encodings = by_step(map_state(packed.sort, guide.prepare_rows(sequences)), sequences.num_steps)
+        encodings = map_state(lambda leaf: _in_order(packed.sort(leaf).transpose(0, 1)), guide.prepare_rows(sequences))
+        self.encodings = [map_state(lambda leaf, t=t: leaf[t], encodings) for t in range(sequences.num_steps)]
         self.given = _Given(packed, self.encodings, self.ragged)
         if model.state_grows:
             method.compiler.warn("the step", "the state of a from_pyro model is its path, longer at each step")
@@ -229,7 +231,7 @@ class _Run:
         families = record.families
         self.plan = take_apart(Carried(step.state, weights.log, weights.normalised, weights.log_mean, families.eve,
                                        families.log_correction), self.flat)
-        self.flat = [value.contiguous() for value in self.flat]
+        self.flat = [_in_order(value) for value in self.flat]
         self.form = _form(self.plan, self.flat)
         self.least = float(torch.tensor(self.method.ess_threshold * self.particles, dtype=weights.ess.dtype))
 
@@ -265,7 +267,7 @@ class _Given:
 
     def __init__(self, packed: Packed, encodings: list[State], ragged: bool):
         def by_time(values: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
-            return {name: value.transpose(0, 1).contiguous().unbind(0) for name, value in values.items()}
+            return {name: _in_order(value.transpose(0, 1)).unbind(0) for name, value in values.items()}
 
         self.x, self.covariates, self.observed = by_time(packed.x), by_time(packed.covariates), by_time(packed.observed)
         self.encodings, self.order, steps = encodings, packed.order, len(packed.counts)
@@ -312,6 +314,11 @@ def _places(nest: Any) -> list[int]:
 
 def _form(plan: Hashable, flat: list[Tensor]) -> Hashable:
     return plan, tuple([(value.shape[1:], value.dtype) for value in flat])
+
+
+def _in_order(value: Tensor) -> Tensor:
+    """With the strides of its shape, also those of dimensions of one entry: graphs are made for them."""
+    return value if value.is_contiguous() and 1 not in value.shape else value.clone(memory_format=torch.contiguous_format)
 
 
 def _resized(flat: list[Tensor], size: int) -> list[Tensor]:
