@@ -32,6 +32,7 @@ __all__ = ["Failed", "filter_compiled"]
 
 
 _COMPILED = (multinomial, residual, stratified, systematic)
+_NAMES = {"none": "the step", "some": "the step after resampling some sequences", "all": "the step after resampling"}
 
 
 class Failed(Exception):
@@ -137,7 +138,7 @@ class _Run:
             plan = take_apart(extra, tensors)
             extra = put_together(plan, iter([_padded(value, size) for value in tensors]))
             given = self.given.at(t, size)._replace(chosen=extra[0], looked=extra[1], resampled=extra[2])
-            compiled = self.run.find("the step", self._turn, self.method.resampler, kind, carried, given)
+            compiled = self.run.find(_NAMES[kind.how], self._turn, self.method.resampler, kind, carried, given)
             if compiled is None:
                 return None
             if compiled.drawn_inside and not self.exact:
