@@ -157,8 +157,7 @@ class Run:
             return tensors
 
         graph = trace(flat, inputs, self.live)
-        devices = sorted({value.device for value in inputs if value.device.type == "cuda"}, key=str)
-        with torch.random.fork_rng(devices):  # to compile is to draw nothing
+        with unchanged_generator(inputs):
             examples = [*inputs, *(self.live[index] for index in graph.live), *(part.draw() for part in graph.noise)]
             call = self.compiler.build(graph.module, examples)
         return Compiled(call, graph.live, graph.noise, result[0], graph.random)
