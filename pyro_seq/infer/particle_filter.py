@@ -59,8 +59,8 @@ class ParticleFilter:
         rounding (with very many particles in float32, a particle here and there may have another ancestor). It is made in the
         first run, in some seconds, for the shapes of the data and what the model's attributes and the variables that it names
         then hold; parameters and buffers may change. A C++ compiler is needed. Steps that decide by the value of a tensor, as
-        those of :class:`~pyro_seq.KalmanGuide` and :class:`~pyro_seq.EnumeratedGuide` do, run as written, with a warning; so do,
-        without one, the first step, those with missing data that the state reads, and :meth:`stream`.
+        those of :class:`~pyro_seq.KalmanGuide` and :class:`~pyro_seq.EnumeratedGuide` do, run as written, with a warning; so
+        do, without one, the first step, those with missing data that the state reads, and :meth:`stream`.
 
     Source: Gordon, Salmond and Smith, *Novel approach to nonlinear/non-Gaussian Bayesian state estimation*, 1993;
     Chopin and Papaspiliopoulos, *An Introduction to Sequential Monte Carlo*, 2020, chapter 10.
