@@ -127,14 +127,14 @@ def test_what_is_known_has_no_error_and_what_has_one_family_has_none_to_tell():
 
 
 def test_families_follow_the_ancestors():
-    families = Families(2, 4, torch.device("cpu"))
+    families = Families.first(2, 4, torch.device("cpu"))
     weights = torch.full((2, 4), 0.25)
-    families.resample(torch.tensor([[0, 0, 2, 3], [1, 1, 1, 1]]), weights)
-    families.resample(torch.tensor([[2, 2, 0, 3], [0, 1, 2, 3]]), weights)
+    families = families.resampled(torch.tensor([[0, 0, 2, 3], [1, 1, 1, 1]]), weights)
+    families = families.resampled(torch.tensor([[2, 2, 0, 3], [0, 1, 2, 3]]), weights)
     assert families.eve.tolist() == [[2, 2, 0, 3], [1, 1, 1, 1]]
     error = families.standard_error(weights)
     assert error[1].isnan()
-    families.resample(torch.eye(4).expand(2, 4, 4), weights)
+    families = families.resampled(torch.eye(4).expand(2, 4, 4), weights)
     assert families.standard_error(weights).isnan().all()
 
 

@@ -18,6 +18,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_seq.engine.compiled.trace import is_traced
 from pyro_seq.engine.families import expand_rows, has_moving_support, in_support, log_density, sample
 from pyro_seq.engine.missing import FrozenRows, SomeEntries, fill, require_imputable, score_entries
 from pyro_seq.sequences import Frame
@@ -350,12 +351,14 @@ def check_support(name: str, p: Distribution, frame: Frame) -> None:
 
 
 def _present(name: str, value: Tensor, frame: Frame) -> Tensor | None:
-    """Booleans of the shape of ``value``, or ``None`` where nothing can be missing."""
+    """Booleans of the shape of ``value``, or ``None`` where nothing is missing, if that can be seen."""
     if value.is_floating_point():
-        return ~value.isnan()
+        missing = value.isnan()
+        return ~missing if value.numel() and (is_traced() or missing.any()) else None
     for key, data in frame.x.items():
         if data is value:
-            return frame.observed.get(key)
+            observed = frame.observed.get(key)
+            return None if observed is None or not is_traced() and observed.all() else observed
     if frame.observed:
         raise ValueError(f"site {name!r} observes a function of integer data with gaps: observe the data itself "
                          "(obs=x), or pass floating data with NaN")

@@ -50,6 +50,7 @@ class AuxiliaryParticleFilter(ParticleFilter):
     :param int num_runs: likewise.
     :param bool history: likewise.
     :param bool progress: show a progress bar.
+    :param bool compile: likewise; what looks ahead runs as written.
 
     Source: Pitt and Shephard, *Filtering via simulation: auxiliary particle filters*, 1999; Johansen and Doucet, *A note on
     auxiliary particle filters*, 2008; on the mixture, Hesterberg, *Weighted average importance sampling and defensive mixture
@@ -78,7 +79,7 @@ class AuxiliaryParticleFilter(ParticleFilter):
     def __init__(self, model: Any, num_particles: int = 1000, *, guide: Any = None,
                  look_ahead: Callable[[State, Frame, Any], Tensor] | None = None, ess_threshold: float = 1.0,
                  resampling: str | Scheme | Resampler = "systematic", num_runs: int = 1, history: bool = False,
-                 progress: bool = False):
+                 progress: bool = False, compile: bool = False):
         require_model(model, "AuxiliaryParticleFilter")
         if guide is not None:
             require_guide(guide, model, "AuxiliaryParticleFilter")
@@ -86,7 +87,7 @@ class AuxiliaryParticleFilter(ParticleFilter):
             raise TypeError(f"look_ahead is a {type(look_ahead).__name__}: it is a function look_ahead(state, frame, encoding) "
                             "that returns a log factor for each row")
         super().__init__(model, num_particles, guide=guide, ess_threshold=ess_threshold, resampling=resampling,
-                         num_runs=num_runs, history=history, progress=progress)
+                         num_runs=num_runs, history=history, progress=progress, compile=compile)
         self.look_ahead = look_ahead
 
     def favours(self, guide: Any) -> LookAhead:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pyro_seq.engine.compiled.compiler import Compiler
 from pyro_seq.engine.loop import Step, forward
 from pyro_seq.guide import PriorGuide
 from pyro_seq.infer.posterior import BIASED, UNBIASED, Moments, Posterior
-from pyro_seq.infer.run import Stopwatch, entered, refuse_scaled
+from pyro_seq.infer.run import Stopwatch, entered, generator_states, refuse_scaled, set_generators
 from pyro_seq.infer.smc import diagnostics
+from pyro_seq.infer.smc.compiled import Failed, filter_compiled
 from pyro_seq.infer.smc.many import log_evidence_at
 from pyro_seq.infer.smc.population import LookAhead, Population, require_threshold
 from pyro_seq.infer.smc.record import Record, values_of
@@ -52,6 +55,12 @@ class ParticleFilter:
         (``notes`` says where): :class:`~pyro_seq.BackwardSampler` and :class:`~pyro_seq.FixedLagSmoother` do not have that
         flaw.
     :param bool progress: show a progress bar.
+    :param bool compile: run each step as machine code of its own, by Inductor, of the same random draws: the same numbers to
+        rounding (with very many particles in float32, a particle here and there may have another ancestor). It is made in the
+        first run, in some seconds, for the shapes of the data and what the model's attributes and the variables that it names
+        then hold; parameters and buffers may change. A C++ compiler is needed. Steps that decide by the value of a tensor, as
+        those of :class:`~pyro_seq.KalmanGuide` and :class:`~pyro_seq.EnumeratedGuide` do, run as written, with a warning; so
+        do, without one, the first step, those with missing data that the state reads, and :meth:`stream`.
 
     Source: Gordon, Salmond and Smith, *Novel approach to nonlinear/non-Gaussian Bayesian state estimation*, 1993;
     Chopin and Papaspiliopoulos, *An Introduction to Sequential Monte Carlo*, 2020, chapter 10.
@@ -78,7 +87,7 @@ class ParticleFilter:
 
     def __init__(self, model: Any, num_particles: int = 1000, *, guide: Any = None, ess_threshold: float = 0.5,
                  resampling: str | Scheme | Resampler = "systematic", num_runs: int = 1, history: bool = False,
-                 progress: bool = False):
+                 progress: bool = False, compile: bool = False):
         require_model(model, "ParticleFilter")
         require_count("num_particles", num_particles, 1)
         require_count("num_runs", num_runs, 1)
@@ -94,6 +103,7 @@ class ParticleFilter:
                              "is its path: use a resampling by ancestors, such as 'systematic'")
         self.model, self.guide, self.num_particles = model, guide, num_particles
         self.ess_threshold, self.num_runs, self.history, self.progress = ess_threshold, num_runs, history, progress
+        self.compiler = Compiler(type(self).__name__) if compile else None
 
     def run(self, x: Any, lengths: Any = None, *, mask: Any = None, **covariates: Any) -> Posterior:
         """Filter a batch of sequences.
@@ -180,14 +190,7 @@ class ParticleFilter:
     def _run(self, guide: Any, sequences: Sequences, parameters: dict[str, Tensor], watch: Stopwatch) -> Posterior:
         runs, batch, particles = self.num_runs, sequences.num_sequences, self.num_particles
         repeated = sequences.repeat(runs)
-        population = self.population(guide)
-        record = self.recorder(repeated.packed)
-        steps = forward(self.model, guide, repeated, particles, between=population.between)
-        for step in tqdm(steps, total=sequences.num_steps, disable=not self.progress, desc="particle filter"):
-            refuse_scaled(self.model, step)
-            factor = population.weigh(step, batch)
-            record.add(step, population.weights, factor, population.chances)
-        record.finish()
+        population, record = self._filtered(guide, repeated, batch)
         so_far = record.evidence().cumsum(1).reshape(runs, batch, -1)
         evidence = so_far[..., -1]
         pooled = so_far.logsumexp(0) - math.log(runs)
@@ -219,6 +222,23 @@ class ParticleFilter:
             final_state=None if self.model.state_grows else record.final_state(share[..., -1]),
             paths=record.trajectories if record.history else None, cloud=record.quantile if record.history else None,
             model=self.model)
+
+    def _filtered(self, guide: Any, sequences: Sequences, batch: int) -> tuple[Population, Record]:
+        """Filter a batch in which the sequences, ``batch`` in number, may be repeated."""
+        if self.compiler is not None:
+            generators = generator_states(sequences.device)
+            with suppress(Failed):
+                record = self.recorder(sequences.packed)
+                return filter_compiled(self, guide, sequences, record, batch), record
+            set_generators(generators, sequences.device)  # as written, to say what is wrong
+        population, record = self.population(guide), self.recorder(sequences.packed)
+        steps = forward(self.model, guide, sequences, self.num_particles, between=population.between)
+        for step in tqdm(steps, total=sequences.num_steps, disable=not self.progress, desc="particle filter"):
+            refuse_scaled(self.model, step)
+            factor = population.weigh(step, batch)
+            record.add(step, population.weights, factor, population.chances)
+        record.finish()
+        return population, record
 
 
 def _kind(resampler: Resampler) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 from tqdm import tqdm
 
+from pyro_seq.engine.compiled.inductor import compiled
 from pyro_seq.engine.compiled.nest import put_together, take_apart
 from pyro_seq.engine.compiled.products import use_faster_products
 from pyro_seq.engine.compiled.reads import Reads
@@ -87,7 +88,8 @@ class Run:
     def __init__(self, compiler: Compiler, reads: Reads, modules: tuple[Any, ...]):
         self.compiler, self.reads = compiler, reads
         self.live, values = reads.now()
-        self.state = (modules, values, tuple(map(_form, self.live)), torch.get_num_threads(), torch.is_grad_enabled())
+        self.state = (modules, values, tuple(map(_form, self.live)), torch.get_num_threads(), torch.is_grad_enabled(),
+                      torch.get_default_dtype())
         self.state_hash = hash(self.state)
 
     def size(self, name: str, rows: int) -> int:
@@ -129,6 +131,12 @@ class Run:
             known[key] = None
         return known[key]
 
+    def find(self, name: str, fn: Callable[..., Any], *arguments: Any) -> Compiled | None:
+        """``fn`` as compiled for arguments like these, for whoever calls it at once many times."""
+        inputs: list[Tensor] = []
+        plan = take_apart(arguments, inputs)
+        return self.look_up(name, self.key(name, plan, inputs), lambda: self.compiled(fn, plan, inputs))
+
     def call(self, name: str, fn: Callable[..., Any], *arguments: Any) -> Any:
         """``fn(*arguments)``, compiled; without gradients."""
         inputs: list[Tensor] = []
@@ -149,9 +157,10 @@ class Run:
             return tensors
 
         graph = trace(flat, inputs, self.live)
-        examples = [*inputs, *(self.live[index] for index in graph.live), *(part.draw() for part in graph.noise)]
-        return Compiled(self.compiler.build(graph.module, examples), graph.live, graph.noise, result[0],
-                        graph.random)
+        with unchanged_generator(inputs):
+            examples = [*inputs, *(self.live[index] for index in graph.live), *(part.draw() for part in graph.noise)]
+            call = self.compiler.build(graph.module, examples)
+        return Compiled(call, graph.live, graph.noise, result[0], graph.random)
 
 
 class _Key:
@@ -188,14 +197,12 @@ def unchanged(run: Run):
 
 
 def _build(module: fx.GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
-    import torch._inductor as inductor
-
     examples = [value.detach() for value in examples]
     use_faster_products(module)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return inductor.compile(module, examples, options={"fallback_random": True})
+            return compiled(module, examples, fallback_random=True)
     except Exception as error:
         text = str(error).split("\n")[0]
         if "compiler" in text.lower() or "CXX" in text:

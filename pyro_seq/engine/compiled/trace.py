@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, fx
 from torch.distributions import Distribution
 from torch.func import functionalize
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Graph", "Noise", "Untraceable", "trace", "unchanged_generator", "unvalidated"]
+__all__ = ["Graph", "Noise", "Untraceable", "is_traced", "trace", "unchanged_generator", "unvalidated"]
 
 _aten = torch.ops.aten
 # Random operators whose numbers depend on nothing that is computed, and the method that draws them in place.
@@ -124,6 +124,11 @@ def unvalidated() -> Iterator[None]:
         Distribution.set_default_validate_args(usual)
 
 
+def is_traced() -> bool:
+    """Whether a step is being traced, so that no value can be looked at."""
+    return get_proxy_mode() is not None
+
+
 def _refuse_strangers(module: fx.GraphModule) -> None:
     """Numbers that the step writes are constants; a tensor from elsewhere would be taken for one."""
     for node in module.graph.nodes:
@@ -179,6 +184,8 @@ def _is_random(node: fx.Node) -> bool:
 
 def _hoist(graph: fx.Graph) -> list[Noise]:
     """Make inputs of the random numbers, if that can be said of all of them: else the graph draws them all, in order."""
+    for node in graph.nodes:
+        _by_exponentials(graph, node)
     drawn = [node for node in graph.nodes if _is_random(node)]
     if any(node.target not in _DRAWN and node.target is not _aten.normal.Tensor_Tensor for node in drawn):
         return []
@@ -201,6 +208,20 @@ def _hoist(graph: fx.Graph) -> list[Noise]:
         graph.erase_node(node)
     graph.eliminate_dead_code()
     return noise
+
+
+def _by_exponentials(graph: fx.Graph, node: fx.Node) -> None:
+    """A choice by probabilities as torch makes it: the largest ratio of probability to an exponential number."""
+    if node.target is _aten.multinomial.default and node.args[1] == 1:
+        chances = node.args[0]
+        value = chances.meta["val"]
+        if value.is_contiguous():
+            with graph.inserting_before(node):
+                drawn = graph.call_function(_aten.exponential.default, (chances, 1.0))
+                drawn.meta["val"] = value
+                ratio = graph.call_function(_aten.div.Tensor, (chances, drawn))
+                node.replace_all_uses_with(graph.call_function(_aten.argmax.default, (ratio, -1, True)))
+            graph.erase_node(node)
 
 
 def _reason(error: Exception) -> str:

@@ -31,31 +31,35 @@ class Families:
     particle filters in hidden Markov models and some applications*, 2013.
     """
 
-    def __init__(self, running: int, particles: int, device: torch.device):
-        self.eve = torch.arange(particles, device=device).expand(running, particles)
-        """``(n, N)``; ``None`` once a transport has mixed the families."""
-        self.log_correction = torch.zeros(running, dtype=torch.float64, device=device)
+    def __init__(self, eve: Tensor | None, log_correction: Tensor):
+        self.eve, self.log_correction = eve, log_correction
+        """``(n, N)``, ``None`` once a transport has mixed the families; and ``(n,)``, the logarithm of the product."""
 
-    def resample(self, ancestors: Tensor | None, chances: Tensor) -> None:
+    @staticmethod
+    def first(running: int, particles: int, device: torch.device) -> Families:
+        """Each particle for itself."""
+        return Families(torch.arange(particles, device=device).expand(running, particles),
+                        torch.zeros(running, dtype=torch.float64, device=device))
+
+    def resampled(self, ancestors: Tensor | None, chances: Tensor) -> Families:
         """
-        :param ancestors: ``(n, N)``, or a transport ``(n, N, N)``, of the sequences that run on.
+        :param ancestors: ``(n, N)``, or a transport ``(n, N, N)``, of the sequences that run on; ``None``: each from itself.
         :param chances: ``(n, N)`` by which they were drawn.
         """
         if self.eve is None or ancestors is None and chances.shape[0] == self.eve.shape[0]:
-            return
+            return self
         running, particles = chances.shape
-        self.eve, self.log_correction = self.eve[:running], self.log_correction[:running]
+        eve, log_correction = self.eve[:running], self.log_correction[:running]
         if ancestors is None:
-            return
+            return Families(eve, log_correction)
         if ancestors.is_floating_point():
-            self.eve = None
-            return
+            return Families(None, log_correction)
         moved = (ancestors != torch.arange(particles, device=ancestors.device)).any(-1)
         copies = torch.zeros_like(chances).scatter_add_(1, ancestors, torch.ones_like(chances))
         apart = 1 - chances.square().sum(-1).double()
         scatter = copies.sub_(chances, alpha=particles).square_().sum(-1).double()
-        self.log_correction = self.log_correction - torch.where(moved, torch.log1p(-scatter / (particles**2 * apart)), 0.0)
-        self.eve = self.eve.gather(1, ancestors)
+        correction = torch.where(moved, torch.log1p(-scatter / (particles**2 * apart)), 0.0)
+        return Families(eve.gather(1, ancestors), log_correction - correction)
 
     def standard_error(self, weights: Tensor, rows: slice = slice(None)) -> Tensor:
         """``(n,)`` of the log evidence at the weights ``(n, N)`` of sum one; NaN where the families cannot tell: fewer than two

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -16,7 +16,7 @@ from pyro_seq.engine.weights import Weights
 from pyro_seq.resampling import Resampler
 from pyro_seq.sequences import Frame
 
-__all__ = ["LookAhead", "Population", "require_threshold"]
+__all__ = ["LookAhead", "Population", "Resampled", "as_foreseen", "require_threshold", "resample", "which"]
 
 LookAhead = Callable[[Frame, State, Any], Tensor]
 """Given the frame to come, the states and the guide's encoding: log factors ``(rows,)`` by which to favour particles."""
@@ -40,7 +40,8 @@ class Population:
         """``(n,)`` log mean weight with which the next step begins."""
         self.adapted = True
         """Whether each step's weights were what ``look_ahead`` said, whatever was drawn (to rounding)."""
-        self._foreseen: Tensor | float = 0.0
+        self.foreseen: Tensor | float = 0.0
+        """``(n, N)`` the weights after the step, if they are what ``look_ahead`` said."""
         self.chosen: Tensor | None = None
         """``(n,)`` which sequences were resampled before the last step."""
         self.chances: Tensor | None = None
@@ -49,35 +50,23 @@ class Population:
     def between(self, frame: Frame, state: State, encoding: Any, log_weights: Tensor) -> tuple[Tensor | None, Tensor]:
         """Resample the sequences that need it: the engine's :data:`~pyro_seq.engine.loop.Between`."""
         weights = self.weights.first(len(log_weights))
-        looked = None if self.look_ahead is None else self._favoured(frame, state, encoding, weights.log)
-        plan, after = self._resample(weights, looked, state, log_weights)
+        looked = self.looked(frame, state, encoding, weights.log)
+        self.chosen = self.choose(weights, looked)
+        found = resample(self.resampler, weights, looked, state, self.chosen, which(self.chosen))
+        self.base, self.chances = found.base, found.chances
         if looked is not None:
-            ancestral = plan is not None and not plan.is_floating_point()
-            self._foreseen = after + (looked.gather(-1, plan) if ancestral else looked)
-        return plan, after
+            self.foreseen = found.foreseen(looked)
+        return found.plan, found.log_weights
 
-    def _resample(self, weights: Weights, looked: Tensor | None, state: State, log_weights: Tensor
-                  ) -> tuple[Tensor | None, Tensor]:
-        particles = log_weights.shape[-1]
+    def looked(self, frame: Frame, state: State, encoding: Any, log_weights: Tensor) -> Tensor | None:
+        """``(n, N)`` log factors by which to favour particles, if there are any."""
+        return None if self.look_ahead is None else self._favoured(frame, state, encoding, log_weights)
+
+    def choose(self, weights: Weights, looked: Tensor | None = None) -> Tensor:
+        """``(n,)`` booleans: which sequences to resample."""
         ess = weights.ess if looked is None else Weights.of(weights.log + looked).ess
-        chosen = ess < self.ess_threshold * particles
-        if self.ess_threshold == 1.0:
-            chosen = torch.ones_like(chosen)
-        self.chosen = chosen
-        self.base, self.chances = weights.log_mean, None
-        if not chosen.any():
-            return None, log_weights
-        plan, fresh = self.resampler(weights, state, looked)
-        self.chances = None if (chances := self.resampler.log_chances(weights, looked)) is None else chances.detach().exp()
-        if chosen.all():
-            self.base = 0.0
-            return plan, fresh
-        self.base = torch.where(chosen, 0.0, self.base)
-        stay = torch.arange(particles, device=plan.device)
-        if plan.is_floating_point():
-            return (torch.where(chosen[:, None, None], plan, torch.eye(particles, dtype=plan.dtype, device=plan.device)),
-                    torch.where(chosen[:, None], fresh, log_weights))
-        return torch.where(chosen[:, None], plan, stay), torch.where(chosen[:, None], fresh, log_weights)
+        return torch.ones_like(ess, dtype=torch.bool) if self.ess_threshold == 1.0 else (
+            ess < self.ess_threshold * weights.log.shape[-1])
 
     def _favoured(self, frame: Frame, state: State, encoding: Any, log_weights: Tensor) -> Tensor:
         looked = self.look_ahead(frame, state, encoding).reshape(log_weights.shape).to(log_weights.dtype)
@@ -95,10 +84,55 @@ class Population:
         if not math.isfinite(self.weights.log_mean.detach().sum()):  # a finite sum has finite terms
             raise ValueError(_not_finite(step, step.log_weights.detach().amax(-1), batch))
         if self.look_ahead is not None and self.adapted:
-            apart = step.log_weights - self._foreseen
-            rounding = torch.finfo(apart.dtype).eps**0.5 * (1 + step.log_weights.detach().amax(-1).abs())
-            self.adapted = bool((apart.amax(-1) - apart.amin(-1) <= rounding).all())
+            self.adapted = bool(as_foreseen(step.log_weights.detach(), self.foreseen).all())
         return self.weights.log_mean - self.base
+
+
+class Resampled(NamedTuple):
+    """Where the particles of ``n`` sequences come from, and how they go on."""
+
+    plan: Tensor | None
+    """Ancestors ``(n, N)``, a transport ``(n, N, N)``, or ``None``: each from itself."""
+    log_weights: Tensor
+    """``(n, N)``"""
+    base: Tensor | float
+    """``(n,)`` log mean weight with which the next step begins."""
+    chances: Tensor | None
+    """``(n, N)`` by which the ancestors were drawn; ``None`` where these are the weights."""
+
+    def foreseen(self, looked: Tensor) -> Tensor:
+        """``(n, N)`` log weights after the step, if it is as ``looked`` says."""
+        ancestral = self.plan is not None and not self.plan.is_floating_point()
+        return self.log_weights + (looked.gather(-1, self.plan) if ancestral else looked)
+
+
+def which(chosen: Tensor) -> str:
+    """``'none'``, ``'some'`` or ``'all'`` of the sequences."""
+    return "none" if not chosen.any() else "all" if chosen.all() else "some"
+
+
+def resample(resampler: Resampler, weights: Weights, looked: Tensor | None, state: State, chosen: Tensor | None, how: str
+             ) -> Resampled:
+    """Resample the particles of ``chosen`` sequences, ``(n,)`` booleans, which are ``how`` many."""
+    if how == "none":
+        return Resampled(None, weights.log, weights.log_mean, None)
+    plan, fresh = resampler(weights, state, looked)
+    chances = None if (chances := resampler.log_chances(weights, looked)) is None else chances.detach().exp()
+    if how == "all":
+        return Resampled(plan, fresh, 0.0, chances)
+    particles, base = fresh.shape[-1], torch.where(chosen, 0.0, weights.log_mean)
+    fresh = torch.where(chosen[:, None], fresh, weights.log)
+    if plan.is_floating_point():
+        same = torch.eye(particles, dtype=plan.dtype, device=plan.device)
+        return Resampled(torch.where(chosen[:, None, None], plan, same), fresh, base, chances)
+    return Resampled(torch.where(chosen[:, None], plan, torch.arange(particles, device=plan.device)), fresh, base, chances)
+
+
+def as_foreseen(log_weights: Tensor, foreseen: Tensor | float) -> Tensor:
+    """``(n,)`` booleans: whether the weights are in the proportions foreseen, to rounding."""
+    apart = log_weights - foreseen
+    rounding = torch.finfo(apart.dtype).eps**0.5 * (1 + log_weights.amax(-1).abs())
+    return apart.amax(-1) - apart.amin(-1) <= rounding
 
 
 def require_threshold(ess_threshold: float) -> None:

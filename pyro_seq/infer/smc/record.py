@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pyro.ops.stats import weighed_quantile
@@ -16,7 +16,7 @@ from pyro_seq.engine.weights import Weights
 from pyro_seq.infer.smc.families import Families
 from pyro_seq.sequences import Packed
 
-__all__ = ["Measured", "Origins", "Record", "moments_of", "take_down", "values_of"]
+__all__ = ["Measured", "Origins", "Record", "Told", "moments_of", "take_down", "tell", "values_of"]
 
 Measured = Callable[[Step], dict[str, tuple[Tensor, Tensor | None]]]
 """By latent site, what each particle says of it, ``(rows, ...)``: a value, and a variance about it if it has one."""
@@ -30,6 +30,29 @@ def values_of(step: Step) -> dict[str, tuple[Tensor, None]]:
     return {name: (site.value, None) for name, site in step.sites.items() if not site.observed}
 
 
+class Told(NamedTuple):
+    """What the weighted particles of one step tell."""
+
+    families: Families
+    moments: dict[str, tuple[Tensor, Tensor]]
+    """By site, mean and variance ``(n, ...)``."""
+
+
+def tell(families: Families | None, before: Weights | None, step: Step, weights: Weights, chances: Tensor | None,
+         measured: Measured) -> Told:
+    """
+    :param families: before the step; ``None`` at the first.
+    :param before: the weights before the step, of the sequences that run on.
+    :param chances: ``(n, N)`` by which the step's ancestors were drawn; those weights when omitted.
+    """
+    if families is None:
+        families = Families.first(*weights.log.shape, weights.log.device)
+    else:
+        families = families.resampled(step.ancestors, before.normalised if chances is None else chances)
+    return Told(families, {name: moments_of(weights.normalised, value, spread)
+                           for name, (value, spread) in measured(step).items()})
+
+
 class Record:
     """Evidence, effective sample sizes, families, moments and final states of a run; with ``history``, every step.
 
@@ -38,7 +61,7 @@ class Record:
 
     def __init__(self, packed: Packed, particles: int, measured: Measured = values_of, history: bool = False):
         self.packed, self.particles, self.measured, self.history = packed, particles, measured, history
-        self.smooths_by_ancestors = history
+        self.smooths_by_ancestors = self.reads_steps = history
         self.factors: list[Tensor] = []
         self.ess_found: list[Tensor] = []
         self.largest_found: list[Tensor] = []
@@ -50,30 +73,34 @@ class Record:
         self.ended: list[tuple[State, Tensor]] = []
         self.last: tuple[State, Weights] | None = None
 
-    def add(self, step: Step, weights: Weights, factor: Tensor, chances: Tensor | None = None) -> None:
+    def add(self, step: Step, weights: Weights, factor: Tensor, chances: Tensor | None = None, told: Told | None = None
+            ) -> None:
         """
         :param factor: ``(n,)`` log of the step's factor of the evidence.
         :param chances: ``(n, N)`` by which the step's ancestors were drawn; by the weights when omitted.
+        :param told: what is told of the step, where that has been computed.
         """
         n = factor.shape[0]
-        self._set_aside(n)
-        if self.last is None:
-            self.families = Families(*weights.log.shape, weights.log.device)
-        else:
-            self.families.resample(step.ancestors, self.last[1].normalised[:n] if chances is None else chances)
-        self.last = step.state, weights
-        self.factors.append(factor)
-        self.ess_found.append(weights.ess)
-        self.largest_found.append(weights.largest)
-        for name, (value, spread) in self.measured(step).items():
-            mean, variance = moments_of(weights.normalised, value, spread)
-            self.means.setdefault(name, []).append(mean)
-            self.variances.setdefault(name, []).append(variance)
+        self.set_aside(n)
+        if told is None:
+            before = None if self.last is None else self.last[1].first(n)
+            told = tell(self.families, before, step, weights, chances, self.measured)
+        self.families, self.last = told.families, (step.state, weights)
+        self.keep(factor, weights.ess, weights.largest, told.moments)
         if self.history:
             self.steps.append(step)
 
+    def keep(self, factor: Tensor, ess: Tensor, largest: Tensor, moments: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """What is said of each step, ``(n, ...)``."""
+        self.factors.append(factor)
+        self.ess_found.append(ess)
+        self.largest_found.append(largest)
+        for name, (mean, variance) in moments.items():
+            self.means.setdefault(name, []).append(mean)
+            self.variances.setdefault(name, []).append(variance)
+
     def finish(self) -> None:
-        self._set_aside(0)
+        self.set_aside(0)
 
     def evidence(self) -> Tensor:
         """``(B, T)`` log of each step's factor of the evidence; zero past a sequence's end."""
@@ -129,7 +156,7 @@ class Record:
         """``(B, T, ...)`` in the user's order of each step's ``(n, ...)``."""
         return pad_rows(found, self.packed.counts, self.packed)
 
-    def _set_aside(self, running: int) -> None:
+    def set_aside(self, running: int) -> None:
         """Keep the particles of the sequences that end here."""
         if self.last is not None and running < self.last[1].log.shape[0]:
             state, weights = self.last[0], self.last[1].normalised[running:]

@@ -14,7 +14,7 @@ from pyro_seq.engine.state import State, map_state
 from pyro_seq.engine.weights import Weights
 from pyro_seq.guide import PriorGuide
 from pyro_seq.infer.posterior import Draws, Moments, draw_future
-from pyro_seq.infer.run import entered, refuse_scaled
+from pyro_seq.infer.run import entered, generator_states, refuse_scaled, set_generators
 from pyro_seq.infer.smc.record import Record
 from pyro_seq.infer.smc.snapshot import read_snapshot, to_plain
 from pyro_seq.infer.stream import one_frame
@@ -125,7 +125,7 @@ class ParticleStream:
         if self.time:
             self._require_like_before(sequences)
         model, guide = self.method.model, self.guide
-        generators = _generators(sequences.device)
+        generators = generator_states(sequences.device)
         try:
             if self.time == 0:
                 return entered(model, guide, sequences, lambda values: self._update(sequences, values))
@@ -133,7 +133,7 @@ class ParticleStream:
                 return guide.within(lambda: model.within(lambda: self._update(sequences, self.parameters),
                                                          globals=self.parameters))
         except BaseException:
-            _set_generators(generators, sequences.device)
+            set_generators(generators, sequences.device)
             raise
 
     def predict(self, horizon: int, num_samples: int = 1000, **covariates: Any) -> Draws:
@@ -170,7 +170,7 @@ class ParticleStream:
             "log_evidence": copy(self.log_evidence), "state": to_plain(self._state), "carry": to_plain(self._carry),
             "parameters": {name: copy(value) for name, value in self.parameters.items()},
             "latents": None if self._latents is None else sorted(self._latents), "inputs": dict(self._inputs),
-            "types": dict(self._types), "generators": _generators(device)}
+            "types": dict(self._types), "generators": generator_states(device)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a snapshot of a stream of the same model and guide, filtered in the same way; torch's generators are set.
@@ -191,11 +191,11 @@ class ParticleStream:
         try:
             sound = read_snapshot(found, self.method.model, self.guide, self.method.num_particles)
             device = torch.device("cpu") if sound.log_weights is None else sound.log_weights.device
-            before = _generators(device)
+            before = generator_states(device)
             try:
-                _set_generators(sound.generators, device)
+                set_generators(sound.generators, device)
             except BaseException:
-                _set_generators(before, device)
+                set_generators(before, device)
                 raise
         except (TypeError, KeyError, IndexError, AttributeError, RuntimeError, ValueError) as error:
             raise ValueError(f"the snapshot is damaged: {error}") from error
@@ -276,17 +276,3 @@ def _floating(types: Mapping[str, str]) -> dict[str, str]:
 
 def _listed(shapes: dict[str, list[int]]) -> str:
     return ", ".join(f"{name} {('B', *shape)}".replace("'", "") for name, shape in shapes.items())
-
-
-def _generators(device: torch.device) -> dict[str, Tensor]:
-    """The states of the generators that a run on ``device`` draws from."""
-    found = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        found["cuda"] = torch.cuda.get_rng_state(device)
-    return found
-
-
-def _set_generators(states: Mapping[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states["cpu"].cpu())
-    if "cuda" in states and device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"].cpu(), device)

@@ -12,7 +12,7 @@ from pyro_seq.engine.loop import Step
 from pyro_seq.engine.weights import Weights
 from pyro_seq.infer.particle_filter import ParticleFilter
 from pyro_seq.infer.posterior import Posterior
-from pyro_seq.infer.smc.record import Measured, Record, moments_of, values_of
+from pyro_seq.infer.smc.record import Measured, Record, Told, moments_of, values_of
 from pyro_seq.module import require_count
 from pyro_seq.sequences import Packed
 
@@ -97,13 +97,15 @@ class _Lagged(Record):
 
     def __init__(self, packed: Packed, particles: int, measured: Measured, lag: int):
         super().__init__(packed, particles, measured)
+        self.reads_steps = True
         self.lag = lag
         self.recent: list[_Recent] = []
         self.parts: list[dict[str, list[tuple[Tensor, Tensor]]]] = []
         """By time and site: moments of the sequences that have them, the shorter ones first."""
 
-    def add(self, step: Step, weights: Weights, factor: Tensor, chances: Tensor | None = None) -> None:
-        super().add(step, weights, factor, chances)
+    def add(self, step: Step, weights: Weights, factor: Tensor, chances: Tensor | None = None, told: Told | None = None
+            ) -> None:
+        super().add(step, weights, factor, chances, told)
         n = len(factor)
         for past in self.recent:
             past.index = past.index[:n]
@@ -118,13 +120,13 @@ class _Lagged(Record):
         return {name: tuple(self.padded([torch.cat([moments[which] for moments in part[name][::-1]]) for part in self.parts])
                             for which in range(2)) for name in self.parts[0]}
 
-    def _set_aside(self, running: int) -> None:
+    def set_aside(self, running: int) -> None:
         """Say of the last times of the sequences that end here what there is to say."""
         if self.last is not None and running < len(self.last[1].log):
             rows = slice(running, len(self.last[1].log))
             for past, t in zip(self.recent, range(len(self.parts) - len(self.recent), len(self.parts)), strict=True):
                 self._tell(past, t, self.last[1].normalised[rows], rows)
-        super()._set_aside(running)
+        super().set_aside(running)
 
     def _tell(self, past: _Recent, t: int, weights: Tensor, rows: slice) -> None:
         for name, moments in past.moments(weights, rows).items():

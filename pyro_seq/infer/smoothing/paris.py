@@ -13,7 +13,7 @@ from pyro_seq.engine.loop import Step
 from pyro_seq.engine.weights import Weights
 from pyro_seq.infer.particle_filter import ParticleFilter
 from pyro_seq.infer.posterior import Posterior
-from pyro_seq.infer.smc.record import Record
+from pyro_seq.infer.smc.record import Record, Told
 from pyro_seq.infer.smoothing.kernel import BackwardKernel, require_backward
 from pyro_seq.module import require_count
 from pyro_seq.sequences import Packed
@@ -104,6 +104,7 @@ class _Sums(Record):
 
     def __init__(self, packed: Packed, smoother: Paris):
         super().__init__(packed, smoother.num_particles, smoother.measured)
+        self.reads_steps = True
         self.smoother = smoother
         self.kernel = BackwardKernel(smoother.model, smoother.method)
         self.before: Step | None = None
@@ -111,8 +112,9 @@ class _Sums(Record):
         """``(n, N, ...)``"""
         self.expected: list[Tensor] = []
 
-    def add(self, step: Step, weights: Weights, factor: Tensor, chances: Tensor | None = None) -> None:
-        super().add(step, weights, factor, chances)
+    def add(self, step: Step, weights: Weights, factor: Tensor, chances: Tensor | None = None, told: Told | None = None
+            ) -> None:
+        super().add(step, weights, factor, chances, told)
         n, particles = weights.log.shape
         if self.before is None:
             self.sums = self._terms(step, None, step.frame.rows).unflatten(0, (n, particles))
