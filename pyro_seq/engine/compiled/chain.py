@@ -48,8 +48,13 @@ class _Builder:
             node.meta = dict(like.meta)
         return node
 
-    def stack(self, nodes: Iterable[fx.Node]) -> fx.Node:
-        return self.graph.call_function(_aten.stack.default, (list(nodes),))
+    def stacks(self, results: list[list[fx.Node]]) -> list[fx.Node]:
+        """Of each step's results; what is the same is stacked once."""
+        known: dict[tuple[fx.Node, ...], fx.Node] = {}
+        for nodes in zip(*results, strict=True):
+            if nodes not in known:
+                known[nodes] = self.graph.call_function(_aten.stack.default, (list(nodes),))
+        return [known[nodes] for nodes in zip(*results, strict=True)]
 
     def copy(self, nodes: Iterable[fx.Node], there: dict[fx.Node, fx.Node]) -> None:
         for node in nodes:
@@ -83,7 +88,7 @@ def forward(module: fx.GraphModule, steps: int, width: int, inputs: int, live: i
         before.append(state)
         state = outputs[:width]
         results.append(outputs[width:])
-    build.graph.output([*state, *map(build.stack, zip(*before, strict=True)), *map(build.stack, zip(*results, strict=True))])
+    build.graph.output([*state, *build.stacks(before), *build.stacks(results)])
     return Forward(fx.GraphModule(module, build.graph))
 
 
@@ -131,5 +136,5 @@ def backward(module: fx.GraphModule, steps: int, live: list[str], of_after: list
         found.append([*[masked(there[results[other]], of=results[other]) for other in others if results[other] is not None],
                       *[there[node] for node in results[len(results) - deltas:]], *[adjoint[leaf] for leaf in kept]])
         adjoint = moved
-    build.graph.output([*adjoint, *map(build.stack, zip(*reversed(found), strict=True))])
+    build.graph.output([*adjoint, *build.stacks(found[::-1])])
     return Backward(fx.GraphModule(module, build.graph), list(shared), values, reached)

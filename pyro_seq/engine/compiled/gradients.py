@@ -13,7 +13,7 @@ from pyro_seq.engine.compiled.joint import Parts, cut
 from pyro_seq.engine.compiled.nest import put_together, take_apart
 from pyro_seq.engine.compiled.trace import Graph, Noise, trace, unchanged_generator, unvalidated
 
-__all__ = ["Differentiable", "Joint", "Weights", "call", "joint_of", "running_rows"]
+__all__ = ["TWICE", "Differentiable", "Joint", "Weights", "call", "joint_of", "running_rows"]
 
 
 class Joint(NamedTuple):
@@ -210,6 +210,9 @@ def running_rows(value: Tensor, counts: list[int], rows: int) -> Tensor:
     return torch.cat([value[place, :count] for place, count in enumerate(counts)])
 
 
+TWICE = "compiled steps go backward once: for backward(retain_graph=True), leave compile=True out"
+
+
 class _Called(torch.autograd.Function):
     """One call, with a gradient."""
 
@@ -218,17 +221,25 @@ class _Called(torch.autograd.Function):
         results, ctx.pool = job.pool(run, inputs, [part.draw() for part in job.noise])
         ctx.job, ctx.run = job, run
         ctx.set_materialize_grads(False)
-        ctx.like = results = _apart(results, inputs)
+        results = _apart(results, [*inputs, *ctx.pool])
+        # The results themselves would keep this node, and it them, alive.
+        ctx.forms = {place: (results[place].shape, results[place].dtype, results[place].device)
+                     for place in job.joint.differentiable}
         ctx.mark_non_differentiable(*[value for place, value in enumerate(results) if place not in job.joint.differentiable])
         return tuple(results)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        job, pool = ctx.job, ctx.pool
+        job, pool, ctx.pool = ctx.job, ctx.pool, None
+        if pool is None:
+            raise RuntimeError(TWICE)
         for place in job.joint.differentiable:
             gradient = gradients[place]
-            pool.append(_zeros(ctx.like[place]) if gradient is None else gradient.contiguous())
+            if gradient is None:
+                shape, dtype, device = ctx.forms[place]
+                gradient = torch.zeros(shape, dtype=dtype, device=device)
+            pool.append(gradient.contiguous())
         found = job.states(pool)
         split = len(found) - job.deltas
         pool.extend(found[split:])

@@ -33,6 +33,9 @@ def use_faster_products(module: fx.GraphModule) -> None:
         if not faster():
             return
         with graph.inserting_before(node):
+            if a.stride(1) != 1:  # turned over in a loop of its own, which is quicker than what the product would do
+                turned = graph.call_function(_aten.clone.default, (left,), {"memory_format": torch.contiguous_format})
+                turned.meta, left = dict(left.meta), turned
             product = graph.call_function(torch.ops.pyro_seq.product.default, (left, right, bias))
         product.meta = dict(node.meta)
         node.replace_all_uses_with(product)

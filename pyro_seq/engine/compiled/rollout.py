@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from pyro_seq.engine.compiled import chain
 from pyro_seq.engine.compiled.compiler import Run
-from pyro_seq.engine.compiled.gradients import Joint, Weights, joint_of, running_rows
+from pyro_seq.engine.compiled.gradients import TWICE, Joint, Weights, joint_of, running_rows
 from pyro_seq.engine.compiled.nest import put_together, take_apart
 from pyro_seq.engine.compiled.trace import Noise, trace
 
@@ -223,7 +223,7 @@ def _walk(job: _Job, state: list[Tensor]) -> tuple[list[Tensor], _Walked]:
         calls.append(results)
         noises.append(drawn)
         state = [value.contiguous() for value in results[:width]]
-    joined = [_joined(parts) for parts in list(zip(*calls, strict=True))[width:]]
+    joined = _all_joined(list(zip(*calls, strict=True))[width:])
     last = state if total % size == 0 else [value[total] for value in joined[:width]]
     flat = [running_rows(value, counts, steps.rows) for value in joined[:width + steps.found]]
     walked = _Walked([], selected, joined[width:width + steps.found])
@@ -239,6 +239,15 @@ def _part(value: Tensor, start: int, size: int) -> Tensor:
     """Some steps; beyond the end, the last one again."""
     part = value[start:start + size]
     return part if part.shape[0] == size else torch.cat([part, part[-1:].expand(size - part.shape[0], *part.shape[1:])])
+
+
+def _all_joined(stacks: list[Any]) -> list[Tensor]:
+    """What several calls gave, joined; what is the same is joined once."""
+    known: dict[int, Tensor] = {}
+    for parts in stacks:
+        if id(parts[0]) not in known:
+            known[id(parts[0])] = _joined(parts)
+    return [known[id(parts[0])] for parts in stacks]
 
 
 def _joined(parts: Any) -> Tensor:
@@ -275,6 +284,8 @@ class _Rolled(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         job, steps, walked, width = ctx.job, ctx.job.steps, ctx.walked, ctx.job.steps.width
         ctx.walked = None
+        if walked is None:
+            raise RuntimeError(TWICE)
         counts, size, rows = job.counts, steps.steps, steps.rows
         total = -(-len(counts) // size) * size
         live = [job.run.live[index] for index in steps.live]
@@ -299,7 +310,7 @@ class _Rolled(torch.autograd.Function):
             if walked.selected and walked.selected[start] is not None:
                 adjoint = [torch.zeros_like(value).index_add_(0, walked.selected[start], value) for value in adjoint]
             calls.append(found[len(adjoint):])
-        joined = [_joined(parts) for parts in zip(*reversed(calls), strict=True)]
+        joined = _all_joined(list(zip(*reversed(calls), strict=True)))
         others = iter(joined)
         inputs = [next(others)[:len(counts)] if reached else None for reached in steps.reached]
         weights = steps.weights(job.run, steps.by_name(walked.values, by_found, list(others)), counts)
