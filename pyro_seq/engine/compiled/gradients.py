@@ -182,16 +182,18 @@ class _Called(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, job: Differentiable, run: Run, inputs: list[Tensor], *tracked: Tensor) -> tuple[Tensor, ...]:
         results, ctx.pool = job.pool(run, inputs, [part.draw() for part in job.noise])
-        ctx.job, ctx.run = job, run
+        ctx.job, ctx.run, ctx.inputs = job, run, inputs
+        ctx.save_for_backward(*tracked)
         ctx.set_materialize_grads(False)
         ctx.like = results = _apart(results, inputs)
         ctx.mark_non_differentiable(*[value for place, value in enumerate(results) if place not in job.joint.differentiable])
         return tuple(results)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        job, pool = ctx.job, ctx.pool
+        job, pool = ctx.job, list(ctx.pool)
+        if torch.is_grad_enabled():  # a derivative of the derivative is asked for
+            return None, None, None, *_as_written(job, ctx.inputs, ctx.saved_tensors, gradients)
         for place in job.joint.differentiable:
             gradient = gradients[place]
             like = ctx.like[place]
@@ -202,6 +204,19 @@ class _Called(torch.autograd.Function):
         pool.extend(found[split:])
         weights = job.of_weights[job.rows](pool)
         return None, None, None, *found[:split], *weights
+
+
+def _as_written(job: Differentiable, inputs: list[Tensor], tracked: tuple[Tensor, ...], gradients: tuple[Tensor | None, ...]
+                ) -> tuple[Tensor | None, ...]:
+    """Gradients with a graph of their own."""
+    if job.noise:
+        raise RuntimeError("a compiled function that draws random numbers has no second derivative: leave compile=True out")
+    given = iter(tracked)
+    inputs = [next(given) if want else value for value, want in zip(inputs, job.wanted, strict=True)]
+    outputs: list[Tensor] = []
+    take_apart(job.fn(*put_together(job.input_plan, iter(inputs))), outputs)
+    reached = [(outputs[place], gradients[place]) for place in job.joint.differentiable if gradients[place] is not None]
+    return torch.autograd.grad(*zip(*reached, strict=True), tracked, create_graph=True, allow_unused=True)
 
 
 def _apart(results: list[Tensor], others: list[Tensor]) -> list[Tensor]:
