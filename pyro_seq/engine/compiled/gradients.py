@@ -209,14 +209,17 @@ class _Called(torch.autograd.Function):
 def _as_written(job: Differentiable, inputs: list[Tensor], tracked: tuple[Tensor, ...], gradients: tuple[Tensor | None, ...]
                 ) -> tuple[Tensor | None, ...]:
     """Gradients with a graph of their own."""
-    if job.noise:
-        raise RuntimeError("a compiled function that draws random numbers has no second derivative: leave compile=True out")
+    if job.noise or job.joint.learned:
+        raise RuntimeError("a compiled function that draws random numbers or reads parameters has no second derivative: leave "
+                           "compile=True out")
+    tracked = tuple([value.view_as(value) for value in tracked])  # one may be computed from another
     given = iter(tracked)
     inputs = [next(given) if want else value for value, want in zip(inputs, job.wanted, strict=True)]
     outputs: list[Tensor] = []
     take_apart(job.fn(*put_together(job.input_plan, iter(inputs))), outputs)
     reached = [(outputs[place], gradients[place]) for place in job.joint.differentiable if gradients[place] is not None]
-    return torch.autograd.grad(*zip(*reached, strict=True), tracked, create_graph=True, allow_unused=True)
+    values, weights = zip(*reached, strict=True)
+    return torch.autograd.grad(values, tracked, weights, create_graph=True, allow_unused=True)
 
 
 def _apart(results: list[Tensor], others: list[Tensor]) -> list[Tensor]:

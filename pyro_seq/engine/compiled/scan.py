@@ -33,23 +33,24 @@ def scan(run: Run | None, name: str, steps: int, step: Step, state: Tensor, coun
     if run is None or count == 1:
         return _several(count, step, state, inputs)[1]
     inputs = tuple([v.contiguous() if isinstance(v, Tensor) else v for v in inputs])
-    with torch.set_grad_enabled(torch.is_grad_enabled() and any(
-            isinstance(v, Tensor) and v.requires_grad for v in (state, *inputs))):
-        parts = []
-        for start in range(0, count, steps):
-            now = [_part(v, start, steps) for v in inputs]
-            state, found = call(run, name, _together, state.contiguous()[None], *now, steps, step)
-            parts.append(found)
-        found = [torch.cat(values) if len(values) > 1 else values[0] for values in zip(*parts, strict=True)]
+    learning = torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in (state, *inputs))
+    if learning and not state.requires_grad:  # as those of later steps do
+        state = state.detach().requires_grad_()
+    with torch.set_grad_enabled(learning):
+        found = []
+        for now in zip(*[_parts(v, count, steps) for v in inputs], strict=True):
+            state, part = call(run, name, _together, state.contiguous()[None], *now, steps, step)
+            found.append(part)
+        found = [torch.cat(values) if len(values) > 1 else values[0] for values in zip(*found, strict=True)]
     return tuple(found) if count % steps == 0 else tuple([value[:count] for value in found])
 
 
-def _part(value: Any, start: int, steps: int) -> Any:
-    """Some times of an input; past its end, the last of them again."""
+def _parts(value: Any, count: int, steps: int) -> list[Any]:
+    """Some times of an input after the others; past its end, the last of them again."""
     if not isinstance(value, Tensor) or len(value) == 1:
-        return value
-    part = value[start:start + steps]
-    return part if len(part) == steps else torch.cat([part, part[-1:].expand(steps - len(part), *part.shape[1:])])
+        return [value] * -(-count // steps)
+    *parts, last = value.split(steps)
+    return [*parts, last if len(last) == steps else torch.cat([last, last[-1:].expand(steps - len(last), *last.shape[1:])])]
 
 
 def _together(state: Tensor, *arguments: Any) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -48,17 +48,18 @@ class Gains:
             for start in range(0, count, stride):
                 steps = min(stride, count - start)
                 now = None if whole else present[:, t:t + steps].transpose(0, 1)
-                before, at = last, slice(None) if fixed else slice(start, start + steps)
+                before = last
                 covariances, gains, factors, failed = scan(
                     run if small else None, "covariances", _STEPS, _condition_root if rooted else _condition, last, steps,
-                    matrix[at], noise[at], now, width)
+                    matrix, noise, now, width)
                 if failed.any():
                     first = int(failed.flatten(1).any(1).nonzero()[0])
                     _refuse(matrix[0 if fixed else start + first], covariances[first - 1] if first else before)
                 found.append((covariances, gains, factors))
                 last = covariances[-1]
                 t += steps
-                if fixed and whole and steps == _STEPS and _still(*(covariances[-2:] @ covariances[-2:].mT if rooted else covariances[-2:])):
+                if fixed and whole and steps == _STEPS and _still(
+                        *(covariances[-2:] @ covariances[-2:].mT if rooted else covariances[-2:])):
                     t += count - start - steps
                     break
         if not last.isfinite().all():
