@@ -59,6 +59,12 @@ class KalmanFilter:
     :param bool parallel: compute :meth:`log_evidence` by a parallel scan over time, through ``pyro.ops.gaussian``: fast for
         long series on a GPU. It needs noise of full rank, a proper first state and variances of similar size; :meth:`run` does
         not use it.
+    :param bool compile: run the recursions of the covariances, with their gradients, and of the smoother's information in
+        compiled calls of 8 and 16 steps, see :doc:`compile`. They are compiled when first called with data of a new batch size
+        or pattern of gaps, in some 5 to 25 seconds. Evidence with its gradient takes about half the time where covariances
+        change throughout (time-varying matrices, gaps), and two thirds where they come to stand still. What tests linearity,
+        the means, single steps, matrices of more than 8000 products a step (about 16 states of one sequence, 4 of 100) and
+        square roots in single precision run as written, and so does all on a GPU.
 
     Source: Kalman, *A New Approach to Linear Filtering and Prediction Problems*, 1960; Rauch, Tung and Striebel,
     *Maximum likelihood estimates of linear dynamic systems*, 1965; Durbin and Koopman, *Time Series Analysis by State Space

@@ -22,7 +22,7 @@ Step = Callable[..., tuple[Tensor, ...]]
 def scan(run: Run | None, name: str, steps: int, step: Step, state: Tensor, count: int, *inputs: Any) -> tuple[Tensor, ...]:
     """``state, *found = step(state, *now)`` for one time after the other.
 
-    :param run: as written if ``None``.
+    :param run: as written if ``None``, and on a GPU.
     :param steps: how many are compiled together.
     :param step: a function of a module, which reads nothing but its arguments and decides nothing by their values.
     :param state: of the same shape after each step as before.
@@ -30,19 +30,24 @@ def scan(run: Run | None, name: str, steps: int, step: Step, state: Tensor, coun
     :param inputs: ``(T, ...)``; or ``(1, ...)``, the same at all times; or no tensor.
     :returns: the state after each time and what was found, ``(T, ...)`` each.
     """
-    if run is None or count == 1:
+    if run is None or count == 1 or state.device.type != "cpu":  # elsewhere each small product would be a kernel of its own
         return _several(count, step, state, inputs)[1]
-    inputs = tuple([v.contiguous() if isinstance(v, Tensor) else v for v in inputs])
+    inputs = tuple([_plain(v) if isinstance(v, Tensor) else v for v in inputs])
     learning = torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in (state, *inputs))
     if learning and not state.requires_grad:  # as those of later steps do
         state = state.detach().requires_grad_()
     with torch.set_grad_enabled(learning):
         found = []
         for now in zip(*[_parts(v, count, steps) for v in inputs], strict=True):
-            state, part = call(run, name, _together, state.contiguous()[None], *now, steps, step)
+            state, part = call(run, name, _together, _plain(state[None]), *now, steps, step)
             found.append(part)
         found = [torch.cat(values) if len(values) > 1 else values[0] for values in zip(*found, strict=True)]
     return tuple(found) if count % steps == 0 else tuple([value[:count] for value in found])
+
+
+def _plain(value: Tensor) -> Tensor:
+    """With the strides that its shape has by default, since others would be compiled for again."""
+    return value.reshape(-1).view(value.shape)
 
 
 def _parts(value: Any, count: int, steps: int) -> list[Any]:

@@ -23,8 +23,6 @@ class WrittenOut(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _PRODUCTS:
             return _product(*args)
-        if func in (torch.addmm, torch.baddbmm) and not kwargs:
-            return args[0] + _product(*args[1:])
         if func is torch.linalg.cholesky_ex and args[0].shape[-1] <= _WIDEST:
             return _cholesky(*args)
         if func is torch.cholesky_solve and args[1].shape[-1] <= _WIDEST and not kwargs:

@@ -17,7 +17,7 @@ from pyro_seq.infer.linear_gaussian.steps import Means, Stretch, recursion, rows
 __all__ = ["Backward", "Joint"]
 
 _STEPS = 16
-_MOST_NUMBERS = 1000
+_MOST_NUMBERS = 8000
 """Products of numbers in a step up to which several in one compiled call take less time than as many calls of a library."""
 
 
@@ -86,7 +86,7 @@ class Backward:
         weighted = rows(rows(means.residuals, f.whiten), f.whiten.mT)
         for stretch in reversed(f.stretches):
             push = rows(weighted[stretch.where], stretch.seen.mT)
-            values = recursion(f.run, stretch.closed.mT.flip(0), value, push.flip(0))
+            values = recursion(stretch.closed.mT.flip(0), value, push.flip(0))
             found.insert(0, shifted(value, values).flip(0))
             value = values[-1]
         return found
@@ -149,7 +149,7 @@ class Backward:
             own = rows(torch.randn(shape, dtype=f.data.dtype, device=f.data.device), roots(noise))
             if state is None:
                 state = own.new_zeros(batch, num_samples, carry.shape[-1])
-            after = recursion(f.run, (next_matrix @ carry).expand(count, -1, -1, -1), state, rows(own, next_matrix))
+            after = recursion((next_matrix @ carry).expand(count, -1, -1, -1), state, rows(own, next_matrix))
             drawn.append((rows(shifted(state, after), carry) + own, step.observed))
             state = after[-1]
         coefficients = 0.0

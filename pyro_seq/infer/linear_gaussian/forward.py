@@ -106,7 +106,7 @@ class Forward:
             if flat is not None and stretch is self.stretches[0]:
                 offset = flat
             here = data[stretch.where] - offset[..., width:]
-            found = recursion(self.run, stretch.closed, value, rows(here, gain).add_(offset[..., :width]))
+            found = recursion(stretch.closed, value, rows(here, gain).add_(offset[..., :width]))
             rest = here - rows(shifted(value, found), stretch.seen)
             residuals.append(rest if self.whole else torch.where(present[stretch.where], rest, 0.0))
             after.append(found)

@@ -13,8 +13,8 @@ __all__ = ["Gains", "roots"]
 
 _STEPS = 8
 """Between looks at whether a covariance stands still; and of one compiled call."""
-_MOST_NUMBERS = 1000
-"""Products of numbers up to which it takes less time than as many calls of a library."""
+_MOST_NUMBERS = 8000
+"""Products of numbers in a step up to which several in one compiled call take less time than as many calls of a library."""
 _NOT_FINITE = "a predictive covariance is NaN or infinite: the model's state grows beyond all bounds"
 
 

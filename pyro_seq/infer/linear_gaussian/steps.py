@@ -7,15 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_seq.engine.compiled.compiler import Run
-from pyro_seq.engine.compiled.scan import scan
 from pyro_seq.infer.linear import LinearStep
 
 __all__ = ["Carry", "Means", "StepJoint", "Stretch", "recursion", "rows", "shifted"]
-
-_STEPS = 32
-_MOST_NUMBERS = 2000
-"""Products of numbers in a step up to which several in one compiled call take less time than as many calls of a library."""
 
 
 class StepJoint(NamedTuple):
@@ -122,27 +116,18 @@ def rows(values: Tensor, matrix: Tensor) -> Tensor:
     return found.mT.unflatten(1, values.shape[1:3])
 
 
-def recursion(run: Run | None, matrices: Tensor, start: Tensor, pushes: Tensor) -> Tensor:
+def recursion(matrices: Tensor, start: Tensor, pushes: Tensor) -> Tensor:
     """m_t = push_t + matrix_t m_{t-1}, on rows: ``(T, B or 1, O, I)``, ``(B, n, I)`` and ``(T, B, n, O)``, which may be
     overwritten. Returns ``(T, B, n, O)``."""
-    if not 0 < pushes[0].numel() * start.shape[-1] <= _MOST_NUMBERS:
-        run = None
     if matrices.shape[1] > 1:
-        return scan(run, "means of each sequence", _STEPS, _of_each, start, len(pushes), matrices.mT, pushes)[0]
+        found = [start]
+        for matrix, push in zip(matrices.mT.unbind(0), pushes.unbind(0), strict=True):
+            found.append(torch.baddbmm(push, found[-1], matrix))
+        return torch.stack(found[1:])
     # With the vectors as columns side by side, where products with a small matrix are fast.
     matrices, value, columns = matrices[:, 0], start.flatten(0, 1).mT, pushes.flatten(1, 2).mT
     keep = torch.is_grad_enabled() and any(v.requires_grad for v in (matrices, value, columns))
-    if keep or run is not None:
-        columns = scan(run, "means", _STEPS, _of_all, value, len(columns), matrices, columns)[0]
-    else:
-        for matrix, push in zip(matrices.unbind(0), columns.unbind(0), strict=True):
-            value, = _of_all(value, matrix, push, out=push)
-    return columns.mT.unflatten(1, start.shape[:2])
-
-
-def _of_each(value: Tensor, matrix: Tensor, push: Tensor) -> tuple[Tensor]:
-    return (torch.baddbmm(push, value, matrix),)
-
-
-def _of_all(value: Tensor, matrix: Tensor, push: Tensor, **out: Tensor) -> tuple[Tensor]:
-    return (torch.addmm(push, matrix, value, **out),)
+    found = [value]
+    for matrix, push in zip(matrices.unbind(0), columns.unbind(0), strict=True):
+        found.append(torch.addmm(push, matrix, found[-1]) if keep else push.addmm_(matrix, found[-1]))
+    return (torch.stack(found[1:]) if keep else columns).mT.unflatten(1, start.shape[:2])
