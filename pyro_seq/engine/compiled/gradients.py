@@ -217,9 +217,12 @@ class _Called(torch.autograd.Function):
     """One call, with a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, job: Differentiable, run: Run, inputs: list[Tensor], *tracked: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, job: Differentiable, how: tuple[Any, ...], inputs: list[Tensor], *tracked: Tensor
+                ) -> tuple[Tensor, ...]:
+        run, *ctx.written = how
         results, ctx.pool = job.pool(run, inputs, [part.draw() for part in job.noise])
-        ctx.job, ctx.run = job, run
+        ctx.job, ctx.inputs = job, inputs
+        ctx.save_for_backward(*tracked)
         ctx.set_materialize_grads(False)
         results = _apart(results, [*inputs, *ctx.pool])
         # The results themselves would keep this node, and it them, alive.
@@ -229,8 +232,9 @@ class _Called(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():  # a derivative of the derivative is asked for
+            return None, None, None, *_as_written(ctx.job, *ctx.written, ctx.inputs, ctx.saved_tensors, gradients)
         job, pool, ctx.pool = ctx.job, ctx.pool, None
         if pool is None:
             raise RuntimeError(TWICE)
@@ -244,6 +248,22 @@ class _Called(torch.autograd.Function):
         split = len(found) - job.deltas
         pool.extend(found[split:])
         return None, None, None, *found[:split], *job.weights(pool)
+
+
+def _as_written(job: Differentiable, fn: Callable[..., Any], plan: Any, wanted: list[bool], inputs: list[Tensor],
+                tracked: tuple[Tensor, ...], gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Gradients with a graph of their own."""
+    if job.noise or job.joint.learned:
+        raise RuntimeError("a compiled function that draws random numbers or reads parameters has no second derivative: leave "
+                           "compile=True out")
+    tracked = tuple([value.view_as(value) for value in tracked])  # one may be computed from another
+    given = iter(tracked)
+    inputs = [next(given) if want else value for value, want in zip(inputs, wanted, strict=True)]
+    outputs: list[Tensor] = []
+    take_apart(fn(*put_together(plan, iter(inputs))), outputs)
+    reached = [(outputs[place], gradients[place]) for place in job.joint.differentiable if gradients[place] is not None]
+    values, weights = zip(*reached, strict=True)
+    return torch.autograd.grad(values, tracked, weights, create_graph=True, allow_unused=True)
 
 
 def _apart(results: list[Tensor], others: list[Tensor]) -> list[Tensor]:
@@ -275,7 +295,7 @@ def call(run: Run, name: str, fn: Callable[..., Any], *arguments: Any) -> Any:
         return fn(*arguments)
     if learning:
         tracked = [value for value in inputs if value.requires_grad] + [run.live[index] for index in job.joint.learned]
-        results = _Called.apply(job, run, [value.detach() for value in inputs], *tracked)
+        results = _Called.apply(job, (run, fn, plan, wanted), [value.detach() for value in inputs], *tracked)
     else:
         results = job.call(*inputs, *[run.live[index] for index in job.live], *[part.draw() for part in job.noise])
     return put_together(job.plan, iter([value[:rows] for value in results] if rows < size else results))

@@ -8,12 +8,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_seq.engine.compiled.scan import scan
 from pyro_seq.infer.linear_gaussian.diffuse import add_diffuse
 from pyro_seq.infer.linear_gaussian.forward import Forward
 from pyro_seq.infer.linear_gaussian.gains import roots
 from pyro_seq.infer.linear_gaussian.steps import Means, Stretch, recursion, rows, shifted
 
 __all__ = ["Backward", "Joint"]
+
+_STEPS = 16
+_MOST_NUMBERS = 8000
+"""Products of numbers in a step up to which several in one compiled call take less time than as many calls of a library."""
+
+
+def _inform(value: Tensor, own: Tensor, closed: Tensor) -> tuple[Tensor]:
+    """The information before a frame, from that after it and the frame's own."""
+    return (own + closed.mT @ value @ closed,)
 
 
 class Joint(NamedTuple):
@@ -62,11 +72,12 @@ class Backward:
         value = f.whiten.new_zeros(f.whiten.shape[1], *(f.means.last.shape[-1],) * 2)
         for stretch in reversed(f.stretches):
             seen = torch.where(present[stretch.where][..., None], f.whiten[stretch.where] @ stretch.seen, 0.0)
-            own, found = seen.mT @ seen, []
-            for here, closed in zip(own.flip(0).unbind(0), stretch.closed.flip(0).unbind(0), strict=True):
-                found.append(value)
-                value = here + closed.mT @ value @ closed
-            self.information.insert(0, torch.stack(found[::-1]))
+            own = (seen.mT @ seen).flip(0)
+            small = 0 < own[0].numel() * own.shape[-1] <= _MOST_NUMBERS and value.shape == own.shape[1:]
+            values = scan(f.run if small else None, "information", _STEPS, _inform, value, len(own), own,
+                          stretch.closed.flip(0))[0]
+            self.information.insert(0, shifted(value, values).flip(0))
+            value = values[-1]
 
     def adjoints(self, means: Means) -> list[Tensor]:
         """A stretch each, ``(T, B, n, S')``: derivative of the log density of the frames to come by the state after each."""

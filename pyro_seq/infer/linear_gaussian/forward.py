@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pyro_seq.engine.compiled.compiler import Run
 from pyro_seq.infer.linear import LinearStep
 from pyro_seq.infer.linear_gaussian.diffuse import add_diffuse, identified
 from pyro_seq.infer.linear_gaussian.gains import Gains
@@ -26,15 +27,16 @@ class Forward:
     :param data: ``(B, T, X)``, NaN where missing.
     :param active: ``(B, T)``: the frames inside each sequence.
     :param alone: let covariances past a sequence's end be its own, as smoothing needs; otherwise they are shared.
+    :param run: what compiles the recursions.
     """
 
     def __init__(self, first: LinearStep | None, later: LinearStep | None, data: Tensor, active: Tensor, carry: Carry,
-                 alone: bool):
+                 alone: bool, run: Run | None = None):
         batch, steps = active.shape
         parts = [(step, count) for step, count in ((first, 1), (later, steps - (first is not None)))
                  if step is not None and count]
         joints = [(StepJoint.of(step, data.dtype), count) for step, count in parts]
-        self.active, self.carry = active, carry
+        self.active, self.carry, self.run = active, carry, run
         self.whole = bool(data.sum().isfinite()) or not data.isnan().any()  # what lies past an end is NaN
         self.present = (torch.ones_like(data[:1, :1], dtype=torch.bool).expand(data.shape) if self.whole else
                         ~data.isnan()).transpose(0, 1)  # (T, B, X)
@@ -51,8 +53,8 @@ class Forward:
             if len(patterns) == batch:
                 patterns, self.group = patterns[self.group], None
         rooted = data.dtype == torch.float32 and not torch.is_grad_enabled()
-        self.gains = Gains(joints, patterns, carry.covariance, rooted)
-        self.gain, factor = (self._each(self.gains.stacked(v)) for v in (self.gains.gains, self.gains.factors))
+        self.gains = Gains(joints, patterns, carry.covariance, rooted, run)
+        self.gain, factor = (self._each(self.gains.stacked(v)) for v in (self.gains.gain, self.gains.factor))
         self.log_scale = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
         self.whiten = torch.linalg.solve_triangular(factor, eye.expand(factor.shape), upper=False)
@@ -250,8 +252,8 @@ class Forward:
             mean = mean + (self.diffuse_mean(self.means)[sequence] @ effect)[:, 0]
         times, which = (frame + where.start - 1).clamp(max=self.gains.n - 1).unique(return_inverse=True)
         start = self.carry.covariance @ self.carry.covariance.mT if self.gains.rooted else self.carry.covariance
-        found = [(self.gains.covariances[t][None] if self.gains.single else self.gains.covariances[t]) if t >= 0 else start
-                 for t in times.tolist()]
+        covariances = self.gains.covariances
+        found = [covariances[t] if t >= 0 else start for t in times.tolist()]
         if len({len(part) for part in found}) > 1:
             found = [part.expand(max(map(len, found)), -1, -1) for part in found]
         variance = torch.stack(found).diagonal(dim1=-2, dim2=-1)
