@@ -93,7 +93,7 @@ class _Steps:
         examples = [
             *[torch.zeros_like(results[place]).contiguous() for place in self.floating],
             torch.ones(self.steps, self.rows, dtype=torch.bool, device=results[0].device),
-            *[live[index] for index in self.needed_live], *[values[index] for index in self.needed],
+            *[live[index] for index in self.needed_live], *[values[index].contiguous() for index in self.needed],
             *[_zeros(found[place - width]) for place in self.of_found], *[_zeros(before[place]) for place in self.floating]]
         self.backward = run.compiler.build(built.module, examples)
 
@@ -251,7 +251,7 @@ def _all_joined(stacks: list[Any]) -> list[Tensor]:
 
 
 def _joined(parts: Any) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
 
 
 def _by_step(value: Tensor, counts: list[int], shape: torch.Size) -> Tensor:
