@@ -10,9 +10,10 @@ filter's normal numbers and one pass over memory.
 
 Weights are the initial ones, stirred a little, since an untrained guide has gradients of zero. All contestants draw the same
 numbers, but for JAX's and ``particles``' filters, so that their losses or evidences agree: ``relative difference`` is that from
-eager, and in float32 one above 1e-4 is an error. ``first call`` is what it takes on the clock in seconds until all is
-compiled, three calls (without Inductor's cache on disk); of the others, the first call; ``steps to repay`` is that over what each later one saves against
-eager. ``peak megabytes`` is the most memory a call takes beyond what is held before it, where that can be told (Linux, CUDA).
+eager, and in float32 one above 1e-4 is an error. ``first call`` is what it takes on the clock, in seconds, until all is
+compiled: three calls, without Inductor's cache on disk; of the others it is the first call. ``steps to repay`` is that over
+what each later one saves against eager. ``peak megabytes`` is the most memory a call takes beyond what is held before it, where
+that can be told (Linux, CUDA).
 Milliseconds are of interleaved calls, medians, seed 0: processor time on one pinned thread, or the clock's for a GPU.
 ``--dtype bfloat16`` has the weights and the data of the training steps in that format.
 """

@@ -154,6 +154,10 @@ def _simplify(module: fx.GraphModule) -> None:
                 node.replace_all_uses_with(number)
                 graph.erase_node(node)
                 node = number
+        if node.target in (_aten.detach.default, _aten.alias.default):  # gradients have been taken: it changes nothing
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+            continue
         if node.op != "call_function" or _is_random(node):
             continue
         key = (node.target, repr(node.args), repr(node.kwargs))
