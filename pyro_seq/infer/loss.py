@@ -89,7 +89,7 @@ def draw_and_score(model: Any, guide: Any, sequences: Sequences, window: Window,
     if compiler is not None and one_call and not model.has_contexts():
         whole = compiled.draw_and_score(compiler, model, guide, sequences, window, num_particles, analytic_kl)
         if whole is not None:
-            return Drawn(whole.terms, num_particles, whole.first, whole.state, whole.auxiliary)
+            return Drawn(whole.terms, num_particles, [], whole.state, whole.auxiliary)
         plan = compiler.plans[model, guide]
     if model.has_contexts() and not (sequences.has_missing and model.missing_feeds_state):
         num_particles = 1  # without latents all are the same

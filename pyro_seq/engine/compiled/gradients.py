@@ -36,7 +36,8 @@ def joint_of(run: Run, fn: Callable[..., Any], plan: Any, inputs: list[Tensor], 
     """
     :param wanted: for each of the inputs, whether its gradient is asked for.
     """
-    learned = [index for index, value in enumerate(run.live) if value.requires_grad]
+    behind = run.reads.behind()
+    learned = [index for index, value in enumerate(run.live) if value.requires_grad and id(value) not in behind]
     found: dict[str, Any] = {}
 
     def outputs_of(given: tuple[Tensor, ...]) -> list[Tensor]:
@@ -54,8 +55,10 @@ def joint_of(run: Run, fn: Callable[..., Any], plan: Any, inputs: list[Tensor], 
         with torch.enable_grad():
             values = [value.detach().requires_grad_() if want else value
                       for value, want in zip(arguments, wanted, strict=False)]
-            outputs = outputs_of(tuple(values))
-            targets = [value for value, want in zip(values, wanted, strict=True) if want] + [run.live[i] for i in learned]
+            with run.reads.cut_off() as cut_off:
+                outputs = outputs_of(tuple(values))
+            targets = [value for value, want in zip(values, wanted, strict=True) if want]
+            targets += [cut_off.get(id(run.live[index]), run.live[index]) for index in learned]
             gradients: Any = [None] * len(targets)
             if differentiable and targets:
                 gradients = torch.autograd.grad([outputs[place] for place in differentiable], targets,
@@ -275,15 +278,16 @@ def _apart(results: list[Tensor], others: list[Tensor]) -> list[Tensor]:
     return found
 
 
-def call(run: Run, name: str, fn: Callable[..., Any], *arguments: Any) -> Any:
+def call(run: Run, name: str, fn: Callable[..., Any], *arguments: Any, fill: bool = False) -> Any:
     """``fn(*arguments)``, compiled, with gradients if they are enabled; as written where it cannot be.
 
-    Arguments and results have rows, whose number may change from call to call: they are filled up to one that is known.
+    :param fill: arguments and results have rows, whose number changes from call to call, and nothing is drawn: they are filled
+        up to a number that is known.
     """
     inputs: list[Tensor] = []
     plan = take_apart(arguments, inputs)
     rows = inputs[0].shape[0]
-    size = run.size(name, rows)
+    size = run.size(name, rows) if fill else rows
     if rows < size:
         inputs = [torch.cat([value, value[:1].expand(size - rows, *value.shape[1:])]) for value in inputs]
     learning = torch.is_grad_enabled()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import types
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,19 @@ _LIBRARIES = ("torch", "pyro", "pyro_seq", "numpy", "pandas", "builtins")
 # What modules keep for themselves.
 _OWN = {*vars(nn.Module()), "_values", "_pyro_context", "_rows_apart", "_reads_gaps", "_model", "_pyro_samples", "_pyro_params",
         "_pyro_name", "_flat_weights", "_flat_weight_refs"}
+
+
+def _leaves(value: Tensor) -> Iterator[Tensor]:
+    """The parameters that a tensor was computed from."""
+    seen, stack = set(), [value.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        stack.extend(inner for inner, _ in node.next_functions)
 
 
 class _Same:
@@ -67,6 +81,33 @@ class Reads:
             key.append(_look(read(), tensors, _DEEPEST))
         unique = {id(value): value for value in tensors}
         return list(unique.values()), tuple(key)
+
+
+    def computed(self) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+        """What this run's entered modules hold that was computed from parameters, as constrained parameters are."""
+        for root in self.roots:
+            held = root.__dict__.get("_values") or {}
+            yield from [(held, name, value) for name, value in held.items()
+                        if isinstance(value, Tensor) and value.grad_fn is not None]
+
+    @contextmanager
+    def cut_off(self) -> Iterator[dict[int, Tensor]]:
+        """Hand out what was computed without its past: by ``id``, the tensors that stand in for it."""
+        held = list(self.computed())
+        stand_in = {id(value): value.detach().requires_grad_() for _, _, value in held}
+        for where, name, value in held:
+            where[name] = stand_in[id(value)]
+        try:
+            yield stand_in
+        finally:
+            for where, name, value in held:
+                where[name] = value
+
+    def behind(self) -> set[int]:
+        """Of inner modules, the ``id`` of parameters that are only read as what is computed from them."""
+        return {id(leaf) for module in self.modules if module not in self.roots
+                for name in (*getattr(module, "_pyro_samples", ()), *getattr(module, "_pyro_params", ()))
+                for leaf in _leaves(getattr(module, name))}
 
 
 def _look(value: Any, tensors: list[Tensor], deep: int) -> Hashable:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +12,8 @@ from pyro_seq.engine.compiled.compiler import Compiler, Run
 from pyro_seq.engine.compiled.gradients import call
 from pyro_seq.engine.compiled.rollout import Rollout, roll
 from pyro_seq.engine.families import apart, rebuilt
-from pyro_seq.engine.loop import Plan, Step, Window, draw_step, weighted_step
-from pyro_seq.engine.score import Term, join, step_terms, term_of, terms
+from pyro_seq.engine.loop import Plan, Window, draw_step, weighted_step
+from pyro_seq.engine.score import Term, join, step_terms, term_of
 from pyro_seq.engine.sites import Site, StepSites, check_support
 from pyro_seq.engine.state import State, map_state
 from pyro_seq.sequences import Frame, Packed, Sequences, first_rows, repeat_rows
@@ -29,8 +29,6 @@ class Whole(NamedTuple):
     """After the last step, of the sequences that run there."""
     auxiliary: Tensor | None
     """The sum of the guide's further objective."""
-    first: list[Step]
-    """Steps that were run as written."""
 
 
 class _Data(NamedTuple):
@@ -47,33 +45,48 @@ class Loop(NamedTuple):
     """A window of a batch, ready for compiled steps."""
 
     run: Run
-    plan: Plan
-    frames: list[Frame]
-    """Of all steps; sequences that have ended keep their rows."""
+    packed: Packed
+    window: Window
     encodings: State
     """``(T, rows, ...)``"""
+    data: _Data
+    """``(T, rows, ...)``; sequences that have ended keep their rows."""
     state: State
     """Before the first step; ``None`` for a state-space model, whose first step is another than the later ones."""
-    checked: bool
-    """Whether the data has been checked: otherwise the first step, run as written, does."""
     functions: _Functions
     generator: _Generator
 
-    def first_encoding(self) -> State:
-        return map_state(lambda leaf: leaf[0], self.encodings)
+    def first(self) -> tuple[State, _Data]:
+        """What the first step reads beside the state, ``(rows, ...)``."""
+        return map_state(lambda leaf: leaf[0], self.encodings), map_data(lambda value: value[0], self.data)
 
-    def arguments(self, begun: int) -> tuple[State, _Data]:
-        """What the steps from place ``begun`` on read beside the state, ``(T, rows, ...)``."""
-        return map_state(lambda leaf: leaf[begun:], self.encodings), _stacked(self.frames[begun:])
+    def later(self, begun: int) -> tuple[State, _Data]:
+        """What the steps from place ``begun`` on read, ``(T, rows, ...)``."""
+        return map_state(lambda leaf: leaf[begun:], self.encodings), map_data(lambda value: value[begun:], self.data)
+
+    def counts(self, begun: int, num_particles: int) -> list[int]:
+        """Rows that run, from place ``begun`` on."""
+        return [count * num_particles for count in self.packed.counts[self.window.start - 1 + begun:self.window.stop]]
+
+    def found(self, first: Any, rolled: Rollout, terms: list[Term], num_particles: int) -> Whole:
+        """The first step's terms, if it was run apart, with the others'."""
+        auxiliary = [rolled.found["auxiliary"]]
+        if first is not None:
+            known = {term.name: term for term in first["terms"]}
+            terms = [join([known[term.name], term]) for term in terms]
+            auxiliary.append(first["auxiliary"])
+        running = self.packed.counts[self.window.stop - 1] * num_particles
+        parts = [part.sum() for part in auxiliary if part is not None]
+        return Whole(terms, map_state(lambda leaf: leaf[:running], rolled.state), sum(parts) if parts else None)
 
 
 def ready(compiler: Compiler, model: Any, guide: Any, sequences: Sequences, window: Window, num_particles: int) -> Loop | None:
     """``None`` where the window is left to the loop as written: when that has not yet run once, and checked the model and the
-    data; where gaps have to be drawn; and where the data has a gradient."""
+    data; where gaps have to be drawn; where the data has a gradient; and where it cannot be checked but by that loop."""
     plan = compiler.plans.setdefault((model, guide), Plan())
     packed, (start, stop) = sequences.packed, window[:2]
     missing = any(packed.missing[start - 1:stop])
-    if plan.seen < 2 or missing and model.missing_feeds_state or any(v.requires_grad for v in (
+    if plan.seen < 2 or plan.supports is None or missing and model.missing_feeds_state or any(v.requires_grad for v in (
             *sequences.x.values(), *sequences.covariates.values())):
         return None
     model.check_inputs(sequences)
@@ -83,101 +96,81 @@ def ready(compiler: Compiler, model: Any, guide: Any, sequences: Sequences, wind
         encodings = guide.prepare_rows(sequences)
         if stop - start + 1 < sequences.num_steps:
             encodings = map_state(lambda leaf: leaf[:, start - 1:stop], encodings)
-    # By time first, so that each step's rows lie together.
     running = packed.counts[start - 1]
-    encodings = map_state(lambda leaf: repeat_rows(first_rows(packed.sort(leaf), running), num_particles).transpose(
-        0, 1).contiguous(), encodings)
-    frames = list(packed.frames(num_particles, start, stop, finished=True))
-    state = model.begin(frames[0]) if start == 1 else map_state(lambda leaf: leaf[:frames[0].rows], window.state)
-    checked = start > 1 or state is not None and plan.supports is not None
-    if start == 1 and checked:
-        for name, p in plan.supports.items():
-            check_support(name, p, frames[0])
-    functions = _Functions(model, guide, plan, missing, frames[0].device)
-    return Loop(run, plan, frames, encodings, state, checked, functions, generator)
+
+    def by_time(value: Tensor) -> Tensor:
+        """By time first, so that each step's rows lie together."""
+        return repeat_rows(first_rows(value, running), num_particles).transpose(0, 1).contiguous()
+
+    def part(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: by_time(value[:, start - 1:stop]) for name, value in values.items()}
+
+    frame = next(packed.frames(num_particles, start, start))
+    state = model.begin(frame) if start == 1 else map_state(lambda leaf: leaf[:frame.rows], window.state)
+    for name, p in plan.supports.items() if start == 1 else ():
+        check_support(name, p, frame)
+    shape = (stop - start + 1, frame.rows)
+    times = torch.arange(start, stop + 1, device=frame.device)[:, None].expand(shape)
+    data = _Data(part(packed.x), part(packed.covariates), part(packed.observed), frame.sequence.expand(shape), times)
+    return Loop(run, packed, window, map_state(lambda leaf: by_time(packed.sort(leaf)), encodings), data, state,
+                _Functions(model, guide, plan, missing, frame.device), generator)
 
 
 def draw_and_score(compiler: Compiler, model: Any, guide: Any, sequences: Sequences, window: Window, num_particles: int,
                    analytic_kl: bool) -> Whole | None:
     """As the loop that only draws, followed by :func:`~pyro_seq.engine.score.terms`; ``None`` where that is left to them."""
     loop = ready(compiler, model, guide, sequences, window, num_particles)
-    if loop is None or not loop.checked and window.start == window.stop:
+    if loop is None or loop.state is None and window.start == window.stop:
         return None
-    packed, state, first = sequences.packed, loop.state, []
-    if not loop.checked:
-        sites, after, further = draw_step(model, guide, state, loop.frames[0], loop.first_encoding(), loop.plan)
-        first, state = [Step(loop.frames[0], sites, state, after, None, None, further)], after
-    begun = window.start + len(first)
-    counts = [count * num_particles for count in packed.counts[begun - 1:window.stop]]
-    rolled = roll(loop.run, "the step that draws", loop.functions.draw, state, loop.arguments(len(first)), counts)
+    state, first = loop.state, None
+    if state is None:
+        state, first = call(loop.run, "the first step", loop.functions.draw_and_score, *loop.first(), analytic_kl)
+    begun = int(first is not None)
+    counts = loop.counts(begun, num_particles)
+    rolled = roll(loop.run, "the step that draws", loop.functions.draw, state, loop.later(begun), counts)
     if rolled is None:
         loop.generator.rewind()
         return None
-    found = call(loop.run, "the step that scores", loop.functions.score, rolled.before,
-                 _data(packed.flat(begun, window.stop, num_particles)), rolled.found["drawn"], analytic_kl)
-    if first:
-        begins = {term.name: term for term in terms(model, packed, first, num_particles, analytic_kl)}
-        found = [join([begins[term.name], term]) for term in found]
-    return Whole(found, _running(rolled, packed, window.stop, num_particles), _further(first, rolled), first)
+    flat = _data(sequences.packed.flat(window.start + begun, window.stop, num_particles))
+    terms = call(loop.run, "the step that scores", loop.functions.score, rolled.before, flat, rolled.found["drawn"],
+                 analytic_kl, fill=True)
+    return loop.found(first, rolled, terms, num_particles)
 
 
 def draw_and_weigh(compiler: Compiler, model: Any, guide: Any, sequences: Sequences, window: Window, num_particles: int,
-                   between: Callable[[Frame, list[Term] | None], Tensor | None]) -> Whole | None:
+                   between: Callable[[int, list[Term] | None], Tensor | None]) -> Whole | None:
     """As the loop that scores each step, with particles that are selected between the steps.
 
-    :param between: given the frame to come and the terms of the step before, the ancestors ``(n, N)`` of the running sequences;
-        ``None`` where particles go on from themselves. Before the first step of the window there are no terms.
+    :param between: given the time of the step to come and the terms of the one before, the ancestors ``(n, N)`` of the running
+        sequences; ``None`` where particles go on from themselves. Before the first step of the window there are no terms.
     """
     loop = ready(compiler, model, guide, sequences, window, num_particles)
-    if loop is None or not loop.checked and window.start == window.stop:
+    if loop is None or loop.state is None and window.start == window.stop:
         return None
-    packed, state, first = sequences.packed, loop.state, []
-    if not loop.checked:
-        sites, after, _, further = weighted_step(model, guide, state, loop.frames[0], loop.first_encoding())
-        first, state = [Step(loop.frames[0], sites, state, after, None, None, further)], after
-    begins = step_terms(model, first[0].sites) if first else None
-    begun = window.start + len(first)
-    counts = [count * num_particles for count in packed.counts[begun - 1:window.stop]]
-    rows, frames = counts[0], loop.frames[len(first):]
+    state, first = loop.state, None
+    if state is None:
+        state, first = call(loop.run, "the first step", loop.functions.weigh, None, *loop.first())
+    begun = int(first is not None)
+    counts = loop.counts(begun, num_particles)
 
     def select(place: int, found: Any) -> Tensor | None:
-        ancestors = between(frames[place], found["terms"] if place else begins)
+        found = first if place == 0 else found
+        ancestors = between(window.start + begun + place, None if found is None else found["terms"])
         if ancestors is None:
             return None
-        own = torch.arange(rows, device=ancestors.device)
+        own = torch.arange(counts[0], device=ancestors.device)
         chosen = ancestors + torch.arange(len(ancestors), device=ancestors.device)[:, None] * num_particles
         return torch.cat([chosen.reshape(-1), own[chosen.numel():]])
 
-    rolled = roll(loop.run, "the step that weighs", loop.functions.weigh, state, loop.arguments(len(first)), counts, select)
+    rolled = roll(loop.run, "the step that weighs", loop.functions.weigh, state, loop.later(begun), counts, select)
     if rolled is None:
         loop.generator.rewind()
         return None
-    found = rolled.found["terms"]
-    if first:
-        known = {term.name: term for term in begins}
-        found = [join([known[term.name], term]) for term in found]
-    return Whole(found, _running(rolled, packed, window.stop, num_particles), _further(first, rolled), first)
+    return loop.found(first, rolled, rolled.found["terms"], num_particles)
 
 
-def _running(rolled: Rollout, packed: Packed, stop: int, num_particles: int) -> State:
-    """The state after the last step, of the sequences that run there."""
-    return map_state(lambda leaf: leaf[:packed.counts[stop - 1] * num_particles], rolled.state)
-
-
-def _further(first: list[Step], rolled: Rollout) -> Tensor | None:
-    """The sum of the guide's further objective."""
-    parts = [part.sum() for part in (*(step.auxiliary for step in first), rolled.found["auxiliary"]) if part is not None]
-    return sum(parts) if parts else None
-
-
-def _stacked(frames: list[Frame]) -> _Data:
-    """The data of several steps, ``(T, rows, ...)``."""
-    def stack(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
-
-    return _Data(stack([frame.x for frame in frames]), stack([frame.covariates for frame in frames]),
-                 stack([frame.observed for frame in frames]), torch.stack([frame.sequence for frame in frames]),
-                 torch.stack([frame.time for frame in frames]))
+def map_data(fn: Callable[[Tensor], Tensor], data: _Data) -> _Data:
+    return _Data(*({name: fn(value) for name, value in part.items()} if isinstance(part, dict) else fn(part) for part in data))
 
 
 def _data(frame: Frame) -> _Data:
@@ -190,7 +183,6 @@ def remembered(device: torch.device) -> _Generator:
 
 
 class _Generator:
-
     def __init__(self, device: torch.device):
         self.device = device if device.type == "cuda" else None
         self.state = torch.get_rng_state() if self.device is None else torch.cuda.get_rng_state(device)
@@ -211,6 +203,11 @@ class _Functions:
     def frame(self, data: _Data) -> Frame:
         return Frame(data.t, len(data.t), data.x, data.covariates, self.missing, data.sequence, False, data.observed,
                      self.device)
+
+    def draw_and_score(self, encoding: Any, data: _Data, analytic_kl: bool) -> tuple[State, dict[str, Any]]:
+        """The first step of a state-space model."""
+        after, found = self.draw(None, encoding, data)
+        return after, {"terms": self.score(None, data, found["drawn"], analytic_kl), "auxiliary": found["auxiliary"]}
 
     def draw(self, state: State, encoding: Any, data: _Data) -> tuple[State, dict[str, Any]]:
         """One step: the state after it, and what was drawn."""

@@ -20,7 +20,7 @@ from pyro_seq.infer.iwae import Particles
 from pyro_seq.infer.loss import Bound
 from pyro_seq.infer.smc.population import Population
 from pyro_seq.resampling import Ancestral
-from pyro_seq.sequences import Frame, Packed, Sequences
+from pyro_seq.sequences import Packed, Sequences
 
 __all__ = ["compiled_bound"]
 
@@ -74,16 +74,16 @@ class _Walk:
         self.chosen = torch.zeros(window.stop - window.start + 1, self.running, dtype=torch.bool,
                                   device=packed.sequences.device)
 
-    def between(self, frame: Frame, terms: list[Term] | None) -> Tensor | None:
+    def between(self, t: int, terms: list[Term] | None) -> Tensor | None:
         if terms is not None:
-            self.add(terms, frame.t - 1)
+            self.add(terms, t - 1)
         elif self.given is None:
             return None
-        count = self.packed.counts[frame.t - 1]
+        count = self.packed.counts[t - 1]
         with torch.no_grad():
-            plan, self.weights = self.population.between(frame, None, None, self.weights[:count])
+            plan, self.weights = self.population.between(None, None, None, self.weights[:count])
         if plan is not None:
-            self.chosen[frame.t - self.window.start, :count] = self.population.chosen
+            self.chosen[t - self.window.start, :count] = self.population.chosen
         return plan
 
     def add(self, terms: list[Term], t: int) -> None:
