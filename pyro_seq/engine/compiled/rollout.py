@@ -20,7 +20,7 @@ from pyro_seq.engine.compiled.trace import Noise, trace
 
 __all__ = ["Rollout", "Select", "roll"]
 
-_NODES, _MOST = 600, 8
+_NODES, _MOST = 200, 8
 """Of a graph of several steps: about how many operators, and the most steps."""
 
 Select = Callable[[int, Any], Tensor | None]
