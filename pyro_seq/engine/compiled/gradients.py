@@ -44,26 +44,27 @@ def joint_of(run: Run, fn: Callable[..., Any], plan: Any, inputs: list[Tensor], 
         found["plan"] = take_apart(fn(*put_together(plan, iter(given))), tensors)
         return tensors
 
-    with unchanged_generator(inputs), unvalidated(), torch.enable_grad():
-        probe = outputs_of(tuple(value.detach().requires_grad_(want) for value, want in zip(inputs, wanted, strict=True)))
-    differentiable = [place for place, value in enumerate(probe) if value.requires_grad]
-    given = [torch.zeros_like(probe[place]) for place in differentiable]
-    reached: list[bool] = []
+    with run.leaves() as leaves:
+        with unchanged_generator(inputs), unvalidated(), torch.enable_grad():
+            probe = outputs_of(tuple(value.detach().requires_grad_(want) for value, want in zip(inputs, wanted, strict=True)))
+        differentiable = [place for place, value in enumerate(probe) if value.requires_grad]
+        given = [torch.zeros_like(probe[place]) for place in differentiable]
+        reached: list[bool] = []
 
-    def both(*arguments: Tensor) -> list[Tensor]:
-        with torch.enable_grad():
-            values = [value.detach().requires_grad_() if want else value
-                      for value, want in zip(arguments, wanted, strict=False)]
-            outputs = outputs_of(tuple(values))
-            targets = [value for value, want in zip(values, wanted, strict=True) if want] + [run.live[i] for i in learned]
-            gradients: Any = [None] * len(targets)
-            if differentiable and targets:
-                gradients = torch.autograd.grad([outputs[place] for place in differentiable], targets,
-                                                list(arguments[len(inputs):]), allow_unused=True)
-        reached[:] = [gradient is not None for gradient in gradients]
-        return [*[value.detach() for value in outputs], *[gradient for gradient in gradients if gradient is not None]]
+        def both(*arguments: Tensor) -> list[Tensor]:
+            with torch.enable_grad():
+                values = [value.detach().requires_grad_() if want else value
+                          for value, want in zip(arguments, wanted, strict=False)]
+                outputs = outputs_of(tuple(values))
+                targets = [value for value, want in zip(values, wanted, strict=True) if want] + [leaves[i] for i in learned]
+                gradients: Any = [None] * len(targets)
+                if differentiable and targets:
+                    gradients = torch.autograd.grad([outputs[place] for place in differentiable], targets,
+                                                    list(arguments[len(inputs):]), allow_unused=True)
+            reached[:] = [gradient is not None for gradient in gradients]
+            return [*[value.detach() for value in outputs], *[gradient for gradient in gradients if gradient is not None]]
 
-    graph = trace(both, [*(value.detach() for value in inputs), *given], run.live)
+        graph = trace(both, [*(value.detach() for value in inputs), *given], leaves)
     module = graph.module
     holders = [node for node in module.graph.nodes if node.op == "placeholder"]
     count = len(inputs)
@@ -183,8 +184,10 @@ class Weights:
 
     def _at(self, run: Run, rows: int) -> Callable[..., Any] | None:
         if rows not in self.known:
+            if rows != self.rows and not run.unchanged():
+                return None  # traced now, it would read other values than the run did
             inputs = [torch.zeros((rows, *shape), dtype=dtype, device=device) for shape, dtype, device in self.forms]
-            joint = joint_of(run, self.fn, self.plan, inputs, self.wanted)
+            joint = self.joint if rows == self.rows else joint_of(run, self.fn, self.plan, inputs, self.wanted)
             same = joint.names == self.joint.names and joint.parts.for_weights == self.joint.parts.for_weights
             values = _values(run, joint, inputs)
             with torch.no_grad():
