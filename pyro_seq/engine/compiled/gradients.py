@@ -190,7 +190,7 @@ class Weights:
             joint = self.joint if rows == self.rows else joint_of(run, self.fn, self.plan, inputs, self.wanted)
             same = joint.names == self.joint.names and joint.parts.for_weights == self.joint.parts.for_weights
             values = _values(run, joint, inputs)
-            with torch.no_grad():
+            with torch.no_grad(), unchanged_generator(inputs):
                 results = joint.parts.forward(*[values[name] for name in _taken(joint.parts.forward)])
                 values.update(zip(joint.parts.saved, results[joint.outputs:], strict=True))
                 values.update((name, _zeros(results[place])) for name, place in zip(
@@ -222,8 +222,8 @@ class _Called(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, job: Differentiable, how: tuple[Any, ...], inputs: list[Tensor], *tracked: Tensor
                 ) -> tuple[Tensor, ...]:
-        run, *ctx.written = how
-        results, ctx.pool = job.pool(run, inputs, [part.draw() for part in job.noise])
+        run, rows, *ctx.written = how
+        results, ctx.pool = job.pool(run, inputs, [_drawn(part, rows, inputs[0].shape[0]) for part in job.noise])
         ctx.job, ctx.inputs = job, inputs
         ctx.save_for_backward(*tracked)
         ctx.set_materialize_grads(False)
@@ -278,6 +278,14 @@ def _apart(results: list[Tensor], others: list[Tensor]) -> list[Tensor]:
     return found
 
 
+def _drawn(noise: Noise, rows: int, size: int) -> Tensor:
+    """The random numbers of the rows that there are, as they are drawn without the rows that fill up."""
+    if rows == size or noise.shape[:1] != (size,):
+        return noise.draw()
+    found = noise.draw(rows)
+    return torch.cat([found, found.new_full((size - rows, *noise.shape[1:]), 0.5)])
+
+
 def call(run: Run, name: str, fn: Callable[..., Any], *arguments: Any) -> Any:
     """``fn(*arguments)``, compiled, with gradients if they are enabled; as written where it cannot be.
 
@@ -298,7 +306,7 @@ def call(run: Run, name: str, fn: Callable[..., Any], *arguments: Any) -> Any:
         return fn(*arguments)
     if learning:
         tracked = [value for value in inputs if value.requires_grad] + [run.live[index] for index in job.joint.learned]
-        results = _Called.apply(job, (run, fn, plan, wanted), [value.detach() for value in inputs], *tracked)
+        results = _Called.apply(job, (run, rows, fn, plan, wanted), [value.detach() for value in inputs], *tracked)
     else:
-        results = job.call(*inputs, *[run.live[index] for index in job.live], *[part.draw() for part in job.noise])
+        results = job.call(*inputs, *[run.live[index] for index in job.live], *[_drawn(part, rows, size) for part in job.noise])
     return put_together(job.plan, iter([value[:rows] for value in results] if rows < size else results))

@@ -70,7 +70,8 @@ class Reads:
 
     def entered(self) -> list[_Entered]:
         """What the roots hold while they are entered: values of their parameters, and of global parameters."""
-        return [_Entered(root.__dict__.get("_values"), dict(getattr(root, "_pyro_context", _Context).cache)) for root in self.roots]
+        return [_Entered(root.__dict__.get("_values"), dict(getattr(root, "_pyro_context", _Context).cache))
+                for root in self.roots]
 
     @contextmanager
     def enter(self, entered: list[_Entered], others: dict[int, Tensor]) -> Iterator[None]:
