@@ -103,7 +103,8 @@ class Run:
 
     def unchanged(self) -> bool:
         """Whether the Python values are still those that the run began with."""
-        return self.reads.now()[1] == self.state[1]
+        with self.reads.enter(self.entered, {}):  # left, a module would draw its global parameters anew
+            return self.reads.now()[1] == self.state[1]
 
     def size(self, name: str, rows: int) -> int:
         """A number of rows, at least ``rows``, that a function is compiled for: the first two as they are, then every eighth of
