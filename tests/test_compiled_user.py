@@ -203,3 +203,20 @@ def test_draws_inside_a_graph_leave_the_generator_as_the_run_as_written_does():
 
     model = Counts(lambda m, z: z)
     require_same(model, seq.PriorGuide(model), torch.randn(3, 5))
+
+
+@pytest.mark.parametrize("make", [lambda compile: seq.SequentialELBO(compile=compile),
+                                  lambda compile: seq.FIVO(3, compile=compile)], ids=["elbo", "fivo"])
+def test_parameters_that_are_not_numbers_are_reported_as_by_steps_as_written(make):
+    model, x = Model(lambda m, z: z), torch.randn(3, 5)
+    guide, compiled = seq.FilteringGuide(model, hidden=3), make(True)
+    for _ in range(2):
+        compiled.loss_and_grads(model, guide, x)
+    model.weight.data.fill_(torch.nan)
+    said = []
+    for loss in (make(False), compiled):
+        torch.manual_seed(0)
+        with pytest.raises(ValueError, match="time 2") as caught:
+            loss.loss_and_grads(model, guide, x)
+        said.append(str(caught.value))
+    assert said[0] == said[1]

@@ -116,6 +116,9 @@ def draw_and_score(compiler: Compiler, model: Any, guide: Any, sequences: Sequen
     begins = {term.name: term for term in terms(model, packed, first, num_particles, analytic_kl)} if first else {}
     found = call(loop.run, "the step that scores", loop.functions.score, rolled.before,
                  _data(packed.flat(begun, window.stop, num_particles)), rolled.found["drawn"], analytic_kl)
+    if any(bool(term.log_p.detach().sum().isnan()) for term in found):  # the loop as written says where
+        loop.generator.rewind()
+        return None
     if first:
         found = [join([begins[term.name], term]) for term in found]
     return Whole(found, _running(rolled, packed, window.stop, num_particles), _further(first, rolled), first)
