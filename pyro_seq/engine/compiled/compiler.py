@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -88,9 +88,23 @@ class Run:
     def __init__(self, compiler: Compiler, reads: Reads, modules: tuple[Any, ...]):
         self.compiler, self.reads = compiler, reads
         self.live, values = reads.now()
+        self.entered = reads.entered()
         self.state = (modules, values, tuple(map(_form, self.live)), torch.get_num_threads(), torch.is_grad_enabled(),
                       torch.get_default_dtype())
         self.state_hash = hash(self.state)
+
+    @contextmanager
+    def leaves(self) -> Iterator[list[Tensor]]:
+        """The live tensors, and the modules entered with them, those that were computed before the step without what they were
+        computed from: their gradients are asked for, and go on from there by themselves."""
+        known = {id(value): value.detach().requires_grad_() for value in self.live if value.requires_grad and not value.is_leaf}
+        with self.reads.enter(self.entered, known):
+            yield [known.get(id(value), value) for value in self.live]
+
+    def unchanged(self) -> bool:
+        """Whether the Python values are still those that the run began with."""
+        with self.reads.enter(self.entered, {}):  # left, a module would draw its global parameters anew
+            return self.reads.now()[1] == self.state[1]
 
     def size(self, name: str, rows: int) -> int:
         """A number of rows, at least ``rows``, that a function is compiled for: the first two as they are, then every eighth of
@@ -123,8 +137,10 @@ class Run:
             known[key] = None
             return None
         counts[family] = counts.get(family, 0) + 1
+        learning = torch.is_grad_enabled()
         try:
-            with unchanged(self), unchanged_generator(self.live):
+            # Tensors made under inference mode could not be traced.
+            with torch.inference_mode(False), torch.set_grad_enabled(learning), unchanged(self), unchanged_generator(self.live):
                 known[key] = make()
         except Untraceable as error:
             self.compiler.warn(name, str(error))
@@ -191,7 +207,7 @@ def _form(value: Tensor) -> Hashable:
 def unchanged(run: Run):
     """Raise if the step changes what it reads."""
     yield
-    if run.reads.now()[1] != run.state[1]:
+    if not run.unchanged():
         raise Untraceable("the step changes an attribute or a variable, such as a counter: what a step remembers goes into the "
                           "state that it returns")
 

@@ -36,8 +36,7 @@ def joint_of(run: Run, fn: Callable[..., Any], plan: Any, inputs: list[Tensor], 
     """
     :param wanted: for each of the inputs, whether its gradient is asked for.
     """
-    behind = run.reads.behind()
-    learned = [index for index, value in enumerate(run.live) if value.requires_grad and id(value) not in behind]
+    learned = [index for index, value in enumerate(run.live) if value.requires_grad]
     found: dict[str, Any] = {}
 
     def outputs_of(given: tuple[Tensor, ...]) -> list[Tensor]:
@@ -45,28 +44,27 @@ def joint_of(run: Run, fn: Callable[..., Any], plan: Any, inputs: list[Tensor], 
         found["plan"] = take_apart(fn(*put_together(plan, iter(given))), tensors)
         return tensors
 
-    with unchanged_generator(inputs), unvalidated(), torch.enable_grad():
-        probe = outputs_of(tuple(value.detach().requires_grad_(want) for value, want in zip(inputs, wanted, strict=True)))
-    differentiable = [place for place, value in enumerate(probe) if value.requires_grad]
-    given = [torch.zeros_like(probe[place]) for place in differentiable]
-    reached: list[bool] = []
+    with run.leaves() as leaves:
+        with unchanged_generator(inputs), unvalidated(), torch.enable_grad():
+            probe = outputs_of(tuple(value.detach().requires_grad_(want) for value, want in zip(inputs, wanted, strict=True)))
+        differentiable = [place for place, value in enumerate(probe) if value.requires_grad]
+        given = [torch.zeros_like(probe[place]) for place in differentiable]
+        reached: list[bool] = []
 
-    def both(*arguments: Tensor) -> list[Tensor]:
-        with torch.enable_grad():
-            values = [value.detach().requires_grad_() if want else value
-                      for value, want in zip(arguments, wanted, strict=False)]
-            with run.reads.cut_off() as cut_off:
+        def both(*arguments: Tensor) -> list[Tensor]:
+            with torch.enable_grad():
+                values = [value.detach().requires_grad_() if want else value
+                          for value, want in zip(arguments, wanted, strict=False)]
                 outputs = outputs_of(tuple(values))
-            targets = [value for value, want in zip(values, wanted, strict=True) if want]
-            targets += [cut_off.get(id(run.live[index]), run.live[index]) for index in learned]
-            gradients: Any = [None] * len(targets)
-            if differentiable and targets:
-                gradients = torch.autograd.grad([outputs[place] for place in differentiable], targets,
-                                                list(arguments[len(inputs):]), allow_unused=True)
-        reached[:] = [gradient is not None for gradient in gradients]
-        return [*[value.detach() for value in outputs], *[gradient for gradient in gradients if gradient is not None]]
+                targets = [value for value, want in zip(values, wanted, strict=True) if want] + [leaves[i] for i in learned]
+                gradients: Any = [None] * len(targets)
+                if differentiable and targets:
+                    gradients = torch.autograd.grad([outputs[place] for place in differentiable], targets,
+                                                    list(arguments[len(inputs):]), allow_unused=True)
+            reached[:] = [gradient is not None for gradient in gradients]
+            return [*[value.detach() for value in outputs], *[gradient for gradient in gradients if gradient is not None]]
 
-    graph = trace(both, [*(value.detach() for value in inputs), *given], run.live)
+        graph = trace(both, [*(value.detach() for value in inputs), *given], leaves)
     module = graph.module
     holders = [node for node in module.graph.nodes if node.op == "placeholder"]
     count = len(inputs)
@@ -186,11 +184,13 @@ class Weights:
 
     def _at(self, run: Run, rows: int) -> Callable[..., Any] | None:
         if rows not in self.known:
+            if rows != self.rows and not run.unchanged():
+                return None  # traced now, it would read other values than the run did
             inputs = [torch.zeros((rows, *shape), dtype=dtype, device=device) for shape, dtype, device in self.forms]
-            joint = joint_of(run, self.fn, self.plan, inputs, self.wanted)
+            joint = self.joint if rows == self.rows else joint_of(run, self.fn, self.plan, inputs, self.wanted)
             same = joint.names == self.joint.names and joint.parts.for_weights == self.joint.parts.for_weights
             values = _values(run, joint, inputs)
-            with torch.no_grad():
+            with torch.no_grad(), unchanged_generator(inputs):
                 results = joint.parts.forward(*[values[name] for name in _taken(joint.parts.forward)])
                 values.update(zip(joint.parts.saved, results[joint.outputs:], strict=True))
                 values.update((name, _zeros(results[place])) for name, place in zip(
@@ -222,8 +222,8 @@ class _Called(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, job: Differentiable, how: tuple[Any, ...], inputs: list[Tensor], *tracked: Tensor
                 ) -> tuple[Tensor, ...]:
-        run, *ctx.written = how
-        results, ctx.pool = job.pool(run, inputs, [part.draw() for part in job.noise])
+        run, rows, *ctx.written = how
+        results, ctx.pool = job.pool(run, inputs, [_drawn(part, rows, inputs[0].shape[0]) for part in job.noise])
         ctx.job, ctx.inputs = job, inputs
         ctx.save_for_backward(*tracked)
         ctx.set_materialize_grads(False)
@@ -278,6 +278,14 @@ def _apart(results: list[Tensor], others: list[Tensor]) -> list[Tensor]:
     return found
 
 
+def _drawn(noise: Noise, rows: int, size: int) -> Tensor:
+    """The random numbers of the rows that there are, as they are drawn without the rows that fill up."""
+    if rows == size or noise.shape[:1] != (size,):
+        return noise.draw()
+    found = noise.draw(rows)
+    return torch.cat([found, found.new_full((size - rows, *noise.shape[1:]), 0.5)])
+
+
 def call(run: Run, name: str, fn: Callable[..., Any], *arguments: Any, fill: bool = False) -> Any:
     """``fn(*arguments)``, compiled, with gradients if they are enabled; as written where it cannot be.
 
@@ -299,7 +307,7 @@ def call(run: Run, name: str, fn: Callable[..., Any], *arguments: Any, fill: boo
         return fn(*arguments)
     if learning:
         tracked = [value for value in inputs if value.requires_grad] + [run.live[index] for index in job.joint.learned]
-        results = _Called.apply(job, (run, fn, plan, wanted), [value.detach() for value in inputs], *tracked)
+        results = _Called.apply(job, (run, rows, fn, plan, wanted), [value.detach() for value in inputs], *tracked)
     else:
-        results = job.call(*inputs, *[run.live[index] for index in job.live], *[part.draw() for part in job.noise])
+        results = job.call(*inputs, *[run.live[index] for index in job.live], *[_drawn(part, rows, size) for part in job.noise])
     return put_together(job.plan, iter([value[:rows] for value in results] if rows < size else results))

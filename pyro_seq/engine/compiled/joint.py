@@ -54,7 +54,9 @@ def cut(module: fx.GraphModule, outputs: int, inputs: int, given: list[fx.Node],
     graph = module.graph
     results = list(graph.output_node().args[0])
     out, to_inputs, to_weights = results[:outputs], results[outputs:outputs + inputs], results[outputs + inputs:]
-    backward, rows = _after(graph, given), _after(graph, of_rows)
+    # What is drawn, and what depends on it, is not to be had again.
+    drawn = [n for n in graph.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())]
+    backward, rows = _after(graph, given), _after(graph, [*of_rows, *drawn])
     nodes = list(graph.nodes)
     before_states, before_weights = _before(to_inputs), _before(to_weights)
     computed = [n for n in nodes if n in backward and n.op != "placeholder"]

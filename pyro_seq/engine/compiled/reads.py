@@ -1,16 +1,25 @@
 """What the user's code may read beside its arguments: tensors, which are inputs of a graph, and Python's values, which a graph
 is made for.
 
-Attributes of the modules, and the global and enclosing variables that their methods name, are looked at once a run.
+Attributes of the modules and of their classes, the global and enclosing variables that their methods name, and what lies in
+these are looked at once a run.
 """
 
 from __future__ import annotations
 
+import dis
+import enum
+import functools
+import itertools
 import random
+import sys
 import types
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
-from typing import Any
+import zlib
+from collections import deque
+from collections.abc import Hashable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,24 +27,15 @@ from torch import Tensor, nn
 
 __all__ = ["Reads"]
 
-_DEEPEST = 4
 _LIBRARIES = ("torch", "pyro", "pyro_seq", "numpy", "pandas", "builtins")
+# Modules of Python whose objects are there to hold what the user puts into them.
+_HOLDERS = ("types", "argparse", "collections")
 # What modules keep for themselves.
 _OWN = {*vars(nn.Module()), "_values", "_pyro_context", "_rows_apart", "_reads_gaps", "_model", "_pyro_samples", "_pyro_params",
         "_pyro_name", "_flat_weights", "_flat_weight_refs"}
-
-
-def _leaves(value: Tensor) -> Iterator[Tensor]:
-    """The parameters that a tensor was computed from."""
-    seen, stack = set(), [value.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            yield node.variable
-        stack.extend(inner for inner, _ in node.next_functions)
+_DRAWS = (random.Random, torch.Generator, np.random.Generator, np.random.RandomState, itertools.count)
+_LARGE = 2**20
+"""Bytes of an array beyond which it is known by itself, not by its numbers."""
 
 
 class _Same:
@@ -55,116 +55,208 @@ class Reads:
     """Of some modules."""
 
     def __init__(self, *modules: nn.Module):
-        self.modules = list(dict.fromkeys(inner for module in modules if isinstance(module, nn.Module)
-                                          for inner in module.modules()))
         self.roots = [module for module in modules if isinstance(module, nn.Module)]
-        self.variables = list(_variables(self.modules))
 
     def now(self) -> tuple[list[Tensor], Hashable]:
         """The tensors there are, and a key of all other values."""
-        tensors: list[Tensor] = []
-        key: list[Hashable] = []
+        look = _Look()
         for root in self.roots:
             entered = root.__dict__.get("_values") or {}
-            tensors.extend(value for value in entered.values() if isinstance(value, Tensor))
-        for module in self.modules:
-            key.append(module.training)
-            tensors.extend(value for value in module._parameters.values() if value is not None)
-            tensors.extend(value for value in module._buffers.values() if value is not None)
-            for name in (*getattr(module, "_pyro_samples", ()), *getattr(module, "_pyro_params", ())):
-                if module not in self.roots:
-                    tensors.append(getattr(module, name))
-            for name, value in module.__dict__.items():
-                if name not in _OWN:
-                    key.append(_look(value, tensors, _DEEPEST))
-        for read in self.variables:
-            key.append(_look(read(), tensors, _DEEPEST))
-        unique = {id(value): value for value in tensors}
+            look.tensors.extend(value for value in entered.values() if isinstance(value, Tensor))
+        key = [look.module(root, root=True) for root in self.roots]
+        unique = {id(value): value for value in look.tensors}
         return list(unique.values()), tuple(key)
 
 
-    def computed(self) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
-        """What this run's entered modules hold that was computed from parameters, as constrained parameters are."""
-        for root in self.roots:
-            held = root.__dict__.get("_values") or {}
-            yield from [(held, name, value) for name, value in held.items()
-                        if isinstance(value, Tensor) and value.grad_fn is not None]
+    def entered(self) -> list[_Entered]:
+        """What the roots hold while they are entered: values of their parameters, and of global parameters."""
+        return [_Entered(root.__dict__.get("_values"), dict(getattr(root, "_pyro_context", _Context).cache))
+                for root in self.roots]
 
     @contextmanager
-    def cut_off(self) -> Iterator[dict[int, Tensor]]:
-        """Hand out what was computed without its past: by ``id``, the tensors that stand in for it."""
-        held = list(self.computed())
-        stand_in = {id(value): value.detach().requires_grad_() for _, _, value in held}
-        for where, name, value in held:
-            where[name] = stand_in[id(value)]
-        try:
-            yield stand_in
-        finally:
-            for where, name, value in held:
-                where[name] = value
+    def enter(self, entered: list[_Entered], others: dict[int, Tensor]) -> Iterator[None]:
+        """As if the roots were entered (again).
 
-    def behind(self) -> set[int]:
-        """Of inner modules, the ``id`` of parameters that are only read as what is computed from them."""
-        return {id(leaf) for module in self.modules if module not in self.roots
-                for name in (*getattr(module, "_pyro_samples", ()), *getattr(module, "_pyro_params", ()))
-                for leaf in _leaves(getattr(module, name))}
+        :param others: what to read in the place of a tensor, by its ``id``.
+        """
+        def exchanged(values: dict[str, Any]) -> dict[str, Any]:
+            return {name: others.get(id(value), value) for name, value in values.items()}
+
+        with ExitStack() as stack:
+            for root, (values, drawn) in zip(self.roots, entered, strict=True):
+                if "_values" in root.__dict__:
+                    stack.callback(root.__dict__.__setitem__, "_values", root.__dict__["_values"])
+                    root.__dict__["_values"] = None if values is None else exchanged(values)
+                if drawn:  # global parameters of modules inside
+                    context = root._pyro_context
+                    for name, value in (("cache", exchanged(drawn)), ("active", max(context.active, 1))):
+                        stack.callback(setattr, context, name, getattr(context, name))
+                        setattr(context, name, value)
+            yield
 
 
-def _look(value: Any, tensors: list[Tensor], deep: int) -> Hashable:
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
-        return type(value), value
-    if isinstance(value, Tensor):
-        tensors.append(value)
-        return tuple(value.shape), value.dtype, value.device
-    if isinstance(value, np.ndarray):
-        return value.shape, value.tobytes() if value.nbytes <= 4096 else _Same(value)
-    if isinstance(value, np.random.Generator):
-        return repr(value.bit_generator.state)
+class _Entered(NamedTuple):
+    values: dict[str, Any] | None
+    drawn: dict[str, Tensor]
+
+
+class _Context:
+    """Of a module that is none of Pyro's."""
+
+    cache: dict[str, Tensor] = {}
+
+
+class _Look:
+    """One look at all there is: each object once."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.seen: set[int] = set()
+
+    def first(self, value: Any) -> bool:
+        """Whether an object is met for the first time."""
+        known = len(self.seen)
+        self.seen.add(id(value))
+        return len(self.seen) > known
+
+    def module(self, module: nn.Module, root: bool = False) -> Hashable:
+        if not self.first(module):
+            return _Same(module)
+        key: list[Hashable] = [module.training, self.kind(type(module)), *module._parameters, *module._buffers]
+        self.tensors.extend(value for value in module._parameters.values() if value is not None)
+        self.tensors.extend(value for value in module._buffers.values() if value is not None)
+        if not root:
+            for name in (*getattr(module, "_pyro_samples", ()), *getattr(module, "_pyro_params", ())):
+                self.tensors.append(getattr(module, name))
+        for name, value in module.__dict__.items():
+            if name not in _OWN:
+                key.append((name, self(value)))
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            key.extend(self(hook) for hook in hooks.values())
+        key.extend((name, inner if inner is None else self.module(inner)) for name, inner in module._modules.items())
+        return tuple(key)
+
+    def __call__(self, value: Any) -> Hashable:
+        if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
+            return type(value), value
+        if isinstance(value, Tensor):
+            self.tensors.append(value)
+            return tuple(value.shape), value.dtype, value.device
+        if isinstance(value, types.FunctionType):
+            return self.function(value)
+        if isinstance(value, (enum.Enum, types.ModuleType, torch.jit.ScriptModule)):
+            return _Same(value)
+        if isinstance(value, np.ndarray):
+            return value.shape, str(value.dtype), zlib.crc32(value.tobytes()) if value.nbytes <= _LARGE else _Same(value)
+        if isinstance(value, _DRAWS):
+            return _state(value)
+        if isinstance(value, type):
+            return self.kind(value)
+        if not self.first(value):
+            return _Same(value)
+        return self.inside(value)
+
+    def inside(self, value: Any) -> Hashable:
+        """Of an object that holds others."""
+        if isinstance(value, nn.Module):
+            self.seen.discard(id(value))
+            return self.module(value)
+        if isinstance(value, (list, tuple, set, frozenset, deque)):
+            return type(value), tuple([self(part) for part in value])
+        if isinstance(value, (dict, types.MappingProxyType)):
+            return type(value), tuple([(self(name), self(part)) for name, part in value.items()])
+        if isinstance(value, types.MethodType):
+            return self(value.__func__), self(value.__self__)
+        if isinstance(value, functools.partial):
+            return self(value.func), self(value.args), self(value.keywords)
+        if isinstance(value, property):
+            return self(value.fget)
+        if isinstance(value, (staticmethod, classmethod)) or hasattr(value, "__wrapped__"):
+            return _Same(value), self(value.__wrapped__)
+        if _closed(type(value).__module__):
+            return _Same(value)
+        return _Same(value), self.kind(type(value)), tuple([(name, self(part)) for name, part in _attributes(value)])
+
+    def kind(self, kind: type) -> Hashable:
+        """Of a class: what its methods name, and its attributes."""
+        if not self.first(kind):
+            return _Same(kind)
+        key: list[Hashable] = [_Same(kind)]
+        for base in kind.__mro__:
+            if not _closed(base.__module__) and (base is kind or self.first(base)):
+                key.extend((name, self(value)) for name, value in vars(base).items()
+                           if name != "__init__" and (callable(value) or not name.startswith("__")))
+        return tuple(key)
+
+    def function(self, fn: types.FunctionType) -> Hashable:
+        """Of a function: its defaults and the variables that it names."""
+        if not self.first(fn):
+            return fn.__code__
+        wrapped = getattr(fn, "__wrapped__", None)
+        key: list[Hashable] = [fn.__code__] if wrapped is None else [fn.__code__, self(wrapped)]
+        if _closed(fn.__module__ or ""):
+            return tuple(key)
+        if fn.__defaults__ or fn.__kwdefaults__:
+            key.append((self(fn.__defaults__), self(fn.__kwdefaults__)))
+        enclosing = dict(zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True))
+        for is_global, name, *attributes in _named(fn.__code__):
+            if name not in (fn.__globals__ if is_global else enclosing):
+                continue
+            value = fn.__globals__[name] if is_global else _contents(enclosing[name])
+            for attribute in attributes:
+                if not isinstance(value, types.ModuleType) or _closed(value.__name__):
+                    break
+                value = getattr(value, attribute, None)
+            key.append((name, self(value)))
+        return tuple(key)
+
+
+def _state(value: Any) -> Hashable:
+    """Of what gives another value each time."""
     if isinstance(value, random.Random):
         return value.getstate()
-    if isinstance(value, nn.Module) or isinstance(value, type) or deep == 0:
-        return _Same(value)
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return type(value), tuple([_look(part, tensors, deep - 1) for part in value])
-    if isinstance(value, dict):
-        return tuple([(str(name), _look(part, tensors, deep - 1)) for name, part in value.items()])
-    if isinstance(value, (types.FunctionType, types.MethodType)):
-        return getattr(value, "__func__", value).__code__
-    if type(value).__module__.split(".")[0] in _LIBRARIES or not hasattr(value, "__dict__"):
-        return _Same(value)
-    return _Same(value), tuple([(name, _look(part, tensors, deep - 1)) for name, part in vars(value).items()])
+    if isinstance(value, torch.Generator):
+        return value.get_state().numpy().tobytes()
+    if isinstance(value, np.random.RandomState):
+        return tuple([part.tobytes() if isinstance(part, np.ndarray) else part for part in value.get_state()])
+    return repr(value.bit_generator.state if isinstance(value, np.random.Generator) else value)
 
 
-def _variables(modules: list[nn.Module]) -> Iterator[Callable[[], Any]]:
-    """Readers of the global and enclosing variables that the modules' methods name."""
-    seen: set[types.CodeType] = set()
-    found: set[tuple[int, str]] = set()
-    stack = [fn for kind in dict.fromkeys(base for module in modules for base in type(module).__mro__)
-             if kind.__module__.split(".")[0] not in _LIBRARIES for fn in vars(kind).values()]
-    for module in modules:  # functions that are attributes
-        stack.extend(value for name, value in module.__dict__.items() if isinstance(value, types.FunctionType))
-    while stack:
-        fn = stack.pop()
-        fn = getattr(fn, "fget", None) or getattr(fn, "__func__", None) or getattr(fn, "__wrapped__", fn)
-        if not isinstance(fn, types.FunctionType) or fn.__code__ in seen:
+@cache
+def _closed(name: str) -> bool:
+    """Whether what a Python module defines is not looked into."""
+    head = name.split(".")[0]
+    return head in _LIBRARIES or head in sys.stdlib_module_names and head not in (*_HOLDERS, "__main__")
+
+
+def _attributes(value: Any) -> list[tuple[str, Any]]:
+    slots = [name for base in type(value).__mro__ for name in _names(vars(base).get("__slots__", ()))]
+    found = [(name, getattr(value, name)) for name in slots if name not in ("__dict__", "__weakref__") and hasattr(value, name)]
+    return [*found, *getattr(value, "__dict__", {}).items()]
+
+
+def _names(slots: Any) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+@cache
+def _named(code: types.CodeType) -> tuple[tuple[Any, ...], ...]:
+    """The global and enclosing variables that a function, and those inside it, name: whether it is a global one, its name, and
+    the attributes that are read of it."""
+    found: dict[tuple[Any, ...], None] = {}
+    chain: list[Any] = []
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and chain:
+            chain.append(instruction.argval)
             continue
-        seen.add(fn.__code__)
-        for cell in fn.__closure__ or ():
-            yield lambda cell=cell: _contents(cell)
-            stack.append(_contents(cell))
-        for name in _names(fn.__code__):
-            if name in fn.__globals__ and (id(fn.__globals__), name) not in found:
-                found.add((id(fn.__globals__), name))
-                value = fn.__globals__[name]
-                if isinstance(value, types.FunctionType) and value.__module__.split(".")[0] not in _LIBRARIES:
-                    stack.append(value)
-                if not isinstance(value, types.ModuleType):
-                    yield lambda where=fn.__globals__, name=name: where.get(name)
-
-
-def _names(code: types.CodeType) -> set[str]:
-    """The variables that a function names, and those inside it."""
-    return set(code.co_names).union(*(_names(inner) for inner in code.co_consts if isinstance(inner, types.CodeType)))
+        if chain:
+            found[tuple(chain)] = None
+        is_global = instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+        chain = [is_global, instruction.argval] if is_global or "DEREF" in instruction.opname else []
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            found.update(dict.fromkeys(_named(inner)))
+    return tuple(found)
 
 
 def _contents(cell: Any) -> Any:

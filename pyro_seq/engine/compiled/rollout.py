@@ -59,7 +59,8 @@ class _Steps:
             module = graph.module
             self.found, self.saved = len(module.graph.output_node().args[0]) - width, 0
         self.noise, self.live, self.random = graph.noise, graph.live, graph.random
-        self.steps = 1 if one_by_one else max(1, min(_MOST, _NODES // len(module.graph.nodes)))
+        # Steps beyond the end would draw what comes after it.
+        self.steps = 1 if one_by_one or graph.random else max(1, min(_MOST, _NODES // len(module.graph.nodes)))
         live = [run.live[index].detach() for index in self.live]
         stacks = [value[None].expand(self.steps, *value.shape).contiguous() for value in inputs[width:]]
         noise = [torch.zeros((self.steps, *part.shape), dtype=part.dtype, device=part.device) for part in self.noise]

@@ -134,6 +134,9 @@ def draw_and_score(compiler: Compiler, model: Any, guide: Any, sequences: Sequen
     flat = _data(sequences.packed.flat(window.start + begun, window.stop, num_particles))
     terms = call(loop.run, "the step that scores", loop.functions.score, rolled.before, flat, rolled.found["drawn"],
                  analytic_kl, fill=True)
+    if any(bool(term.log_p.detach().sum().isnan()) for term in terms):  # the loop as written says where
+        loop.generator.rewind()
+        return None
     return loop.found(first, rolled, terms, num_particles)
 
 

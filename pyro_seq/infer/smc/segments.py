@@ -39,7 +39,7 @@ def compiled_bound(loss: Any, model: Any, guide: Any, sequences: Sequences, wind
     generator = remembered(sequences.device)
     try:
         found = draw_and_weigh(loss.compiler, model, guide, sequences, window, loss.num_particles, walk.between)
-    except ValueError:  # which the loop as written says in full
+    except (ValueError, _NotFinite):  # which the loop as written says in full
         found = None
     if found is None:
         generator.rewind()
@@ -57,6 +57,10 @@ def compiled_bound(loss: Any, model: Any, guide: Any, sequences: Sequences, wind
               for term in found.terms], window.stop)
     return Bound(bound.detach(), bound - (0.0 if found.auxiliary is None else found.auxiliary),
                  Particles(found.state, walk.weights))
+
+
+class _NotFinite(Exception):
+    """A weight is no number, or all of a sequence are zero."""
 
 
 class _Walk:
@@ -94,6 +98,8 @@ class _Walk:
             step = sum(parts)[:count * self.particles].reshape(count, self.particles) if parts else torch.zeros(
                 count, self.particles, device=self.chosen.device)
             self.weights = step if self.weights is None else self.weights[:count] + step
+            if not bool(self.weights.logsumexp(-1).isfinite().all()):
+                raise _NotFinite
             self.population.weigh(Step(None, {}, None, None, self.weights, None, None))
 
     def bound(self, terms: list[Term]) -> Tensor:
