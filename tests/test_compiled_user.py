@@ -220,3 +220,23 @@ def test_parameters_that_are_not_numbers_are_reported_as_by_steps_as_written(mak
             loss.loss_and_grads(model, guide, x)
         said.append(str(caught.value))
     assert said[0] == said[1]
+
+
+def test_a_step_with_noise_of_its_own_runs_as_written():
+    class Noisy(seq.StateSpaceModel):
+        def initial(self):
+            return pyro.sample("z", dist.Normal(0.0, 1.0))
+
+        def transition(self, z):
+            return pyro.sample("z", dist.Normal(z, 1.0))
+
+        def emission(self, z, x=None):
+            pyro.sample("x", dist.Normal(z + 0.1 * torch.randn_like(z), 1.0), obs=x)
+
+    model = Noisy()
+    guide = seq.FilteringGuide(model, hidden=4)
+    batch, written, compiled = torch.randn(3, 5), seq.SequentialELBO(), seq.SequentialELBO(compile=True)
+    with pytest.warns(UserWarning, match="random numbers of its own"):
+        found = [value_and_gradients(compiled, model, guide, batch) for _ in range(3)]
+    for one in found:
+        torch.testing.assert_close(one, value_and_gradients(written, model, guide, batch), rtol=1e-12, atol=1e-12)

@@ -90,7 +90,8 @@ def draw_and_score(model: Any, guide: Any, sequences: Sequences, window: Window,
         whole = compiled.draw_and_score(compiler, model, guide, sequences, window, num_particles, analytic_kl)
         if whole is not None:
             return Drawn(whole.terms, num_particles, [], whole.state, whole.auxiliary)
-        plan = compiler.plans[model, guide]
+        known = compiler.plans[model, guide]
+        plan = known if known.seen == 0 else None  # the first run shows what later ones need not look for
     if model.has_contexts() and not (sequences.has_missing and model.missing_feeds_state):
         num_particles = 1  # without latents all are the same
         steps, one_call = [score_contexts(model, sequences, window)], False

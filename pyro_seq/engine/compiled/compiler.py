@@ -86,7 +86,7 @@ class Run:
     """One run: the tensors and values that the modules hold now are looked up once."""
 
     def __init__(self, compiler: Compiler, reads: Reads, modules: tuple[Any, ...]):
-        self.compiler, self.reads = compiler, reads
+        self.compiler, self.reads, self.modules = compiler, reads, modules
         self.live, values = reads.now()
         self.entered = reads.entered()
         self.state = (modules, values, tuple(map(_form, self.live)), torch.get_num_threads(), torch.is_grad_enabled(),
@@ -105,6 +105,13 @@ class Run:
         """Whether the Python values are still those that the run began with."""
         with self.reads.enter(self.entered, {}):  # left, a module would draw its global parameters anew
             return self.reads.now()[1] == self.state[1]
+
+    def decline(self, what: str) -> None:
+        """Leave these modules to the loop as written from now on."""
+        self.compiler.declined.add((*self.modules, what))
+
+    def declined(self, what: str) -> bool:
+        return (*self.modules, what) in self.compiler.declined
 
     def size(self, name: str, rows: int) -> int:
         """A number of rows, at least ``rows``, that a function is compiled for: the first two as they are, then every eighth of

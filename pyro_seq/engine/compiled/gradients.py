@@ -11,9 +11,9 @@ from torch import Tensor, fx
 from pyro_seq.engine.compiled.compiler import Run, rounded
 from pyro_seq.engine.compiled.joint import Parts, cut
 from pyro_seq.engine.compiled.nest import put_together, take_apart
-from pyro_seq.engine.compiled.trace import Graph, Noise, trace, unchanged_generator, unvalidated
+from pyro_seq.engine.compiled.trace import Graph, Noise, Untraceable, trace, unchanged_generator, unvalidated
 
-__all__ = ["TWICE", "Differentiable", "Joint", "Weights", "call", "joint_of", "running_rows"]
+__all__ = ["OWN_NOISE", "TWICE", "Differentiable", "Joint", "Weights", "call", "joint_of", "running_rows"]
 
 
 class Joint(NamedTuple):
@@ -213,6 +213,8 @@ def running_rows(value: Tensor, counts: list[int], rows: int) -> Tensor:
     return torch.cat([value[place, :count] for place, count in enumerate(counts)])
 
 
+OWN_NOISE = "own noise"
+"""What a model is declined for that draws beside its sites."""
 TWICE = "compiled steps go backward once: for backward(retain_graph=True), leave compile=True out"
 
 
@@ -301,8 +303,15 @@ def call(run: Run, name: str, fn: Callable[..., Any], *arguments: Any, fill: boo
     learning = torch.is_grad_enabled()
     wanted = [learning and value.requires_grad for value in inputs]
     key = run.key(name, (plan, tuple(wanted)), inputs)
-    job = run.look_up(name, key, lambda: (Differentiable(run, fn, plan, inputs, wanted) if learning else
-                                          run.compiled(fn, plan, inputs)), True)
+
+    def make() -> Any:
+        made = Differentiable(run, fn, plan, inputs, wanted) if learning else run.compiled(fn, plan, inputs)
+        if fill and (made.noise or (made.joint.graph.random if learning else made.drawn_inside)):
+            run.decline(OWN_NOISE)
+            raise Untraceable("it draws random numbers of its own, which a site of pyro.sample would make its latents")
+        return made
+
+    job = run.look_up(name, key, make, True)
     if job is None:
         return fn(*arguments)
     if learning:

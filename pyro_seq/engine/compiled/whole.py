@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_seq.engine.compiled.compiler import Compiler, Run
-from pyro_seq.engine.compiled.gradients import call
+from pyro_seq.engine.compiled.gradients import OWN_NOISE, call
 from pyro_seq.engine.compiled.rollout import Rollout, roll
 from pyro_seq.engine.families import apart, rebuilt
 from pyro_seq.engine.loop import Plan, Window, draw_step, weighted_step
@@ -86,8 +86,9 @@ def ready(compiler: Compiler, model: Any, guide: Any, sequences: Sequences, wind
     plan = compiler.plans.setdefault((model, guide), Plan())
     packed, (start, stop) = sequences.packed, window[:2]
     missing = any(packed.missing[start - 1:stop])
-    if plan.seen < 2 or plan.supports is None or missing and model.missing_feeds_state or any(v.requires_grad for v in (
-            *sequences.x.values(), *sequences.covariates.values())):
+    unknown = plan.seen < 2 or plan.supports is None or (model, guide, OWN_NOISE) in compiler.declined
+    if unknown or missing and model.missing_feeds_state or any(
+            value.requires_grad for value in (*sequences.x.values(), *sequences.covariates.values())):
         return None
     model.check_inputs(sequences)
     run, generator = compiler.run(model, guide), remembered(sequences.device)
@@ -134,7 +135,8 @@ def draw_and_score(compiler: Compiler, model: Any, guide: Any, sequences: Sequen
     flat = _data(sequences.packed.flat(window.start + begun, window.stop, num_particles))
     terms = call(loop.run, "the step that scores", loop.functions.score, rolled.before, flat, rolled.found["drawn"],
                  analytic_kl, fill=True)
-    if any(bool(term.log_p.detach().sum().isnan()) for term in terms):  # the loop as written says where
+    # Of what is not a number, the loop as written says where.
+    if loop.run.declined(OWN_NOISE) or any(bool(term.log_p.detach().sum().isnan()) for term in terms):
         loop.generator.rewind()
         return None
     return loop.found(first, rolled, terms, num_particles)
