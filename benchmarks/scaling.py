@@ -72,7 +72,7 @@ def run(rounds: int) -> pd.DataFrame:
     for name, (_, work, values) in VARIED.items():
         make = bootstrap_filter if work == "bootstrap filter" else training_step
         for value in values:
-            for contestant, seconds in interleaved(make(**{name: value}), rounds).items():
+            for contestant, seconds in interleaved(make(**{name: value}), rounds, warmup=3).items():
                 rows.append({"varied": name, "value": value, "work": work, "contestant": contestant,
                              "milliseconds": 1e3 * seconds})
             print(pd.DataFrame(rows[-2:]).to_string(index=False, header=False), flush=True)
