@@ -191,7 +191,6 @@ def _untraceable():
     import numpy as np
 
     counter = [0]
-    table = np.linspace(0.5, 1.5, 5)
 
     def on_a_value(self, z):
         return z + 1.0 if z.sum() > 0 else z
@@ -230,7 +229,6 @@ def _untraceable():
             while_large: "value of a tensor", by_numpy: "by .numpy()", pythons_random: "random numbers of Python",
             numpys_random: "random numbers of Python or numpy", a_counter: "changes an attribute or a variable",
             a_mask: "", a_list: "by .tolist()"}
-    assert len(said) == 10 and len(table) == 5
     return said
 
 

@@ -12,10 +12,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_seq.engine.compiled.compiler import Compiler
+from pyro_seq.engine.generators import generator_states, set_generators
 from pyro_seq.engine.loop import Step, forward
 from pyro_seq.guide import PriorGuide
 from pyro_seq.infer.posterior import BIASED, UNBIASED, Moments, Posterior
-from pyro_seq.infer.run import Stopwatch, entered, generator_states, refuse_scaled, set_generators
+from pyro_seq.infer.run import Stopwatch, entered, refuse_scaled
 from pyro_seq.infer.smc import diagnostics
 from pyro_seq.infer.smc.compiled import Failed, filter_compiled
 from pyro_seq.infer.smc.many import log_evidence_at

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from pyro_seq.engine.missing import GapRead
 from pyro_seq.module import own_parameters
 from pyro_seq.sequences import Sequences
 
-__all__ = ["GapRead", "Stopwatch", "entered", "generator_states", "refuse_scaled", "set_generators"]
+__all__ = ["GapRead", "Stopwatch", "entered", "refuse_scaled"]
 
 
 class Stopwatch:
@@ -71,17 +71,3 @@ def _globals(model: Any, trace: poutine.Trace, values: dict[str, Tensor]) -> dic
         warnings.warn(f"global parameters {drawn} were drawn from their prior, and the result is conditional on the draw: "
                       "fix them with poutine.condition(data={...}), or give the guide a global_guide", stacklevel=4)
     return found
-
-
-def generator_states(device: torch.device) -> dict[str, Tensor]:
-    """The states of the generators that a run on ``device`` draws from."""
-    found = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        found["cuda"] = torch.cuda.get_rng_state(device)
-    return found
-
-
-def set_generators(states: Mapping[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states["cpu"].cpu())
-    if "cuda" in states and device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"].cpu(), device)

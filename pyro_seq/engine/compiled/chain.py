@@ -8,16 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
-__all__ = ["Backward", "Forward", "backward", "forward"]
+__all__ = ["Backward", "backward", "forward"]
 
 _aten = torch.ops.aten
-
-
-class Forward(NamedTuple):
-    """Takes the state, stacked inputs, live tensors, stacked noise; gives the state, then stacked: states before, what was
-    found, saved values."""
-
-    module: fx.GraphModule
 
 
 class Backward(NamedTuple):
@@ -66,8 +59,10 @@ def _holders(module: fx.GraphModule) -> list[fx.Node]:
     return [node for node in module.graph.nodes if node.op == "placeholder"]
 
 
-def forward(module: fx.GraphModule, steps: int, width: int, inputs: int, live: int) -> Forward:
-    """
+def forward(module: fx.GraphModule, steps: int, width: int, inputs: int, live: int) -> fx.GraphModule:
+    """Takes the state, stacked inputs, live tensors, stacked noise; gives the state, then stacked: states before, what was
+    found, saved values.
+
     :param module: one step: state, inputs, live tensors and noise to the state after, what is found, and saved values.
     :param width: leaves of the state.
     :param inputs: arguments beside the state.
@@ -89,7 +84,7 @@ def forward(module: fx.GraphModule, steps: int, width: int, inputs: int, live: i
         state = outputs[:width]
         results.append(outputs[width:])
     build.graph.output([*state, *build.stacks(before), *build.stacks(results)])
-    return Forward(fx.GraphModule(module, build.graph))
+    return fx.GraphModule(module, build.graph)
 
 
 def backward(module: fx.GraphModule, steps: int, live: list[str], of_after: list[str | None], of_found: list[str],

@@ -16,7 +16,7 @@ from pyro_seq.engine.compiled.inductor import compiled
 from pyro_seq.engine.compiled.nest import put_together, take_apart
 from pyro_seq.engine.compiled.products import use_faster_products
 from pyro_seq.engine.compiled.reads import Reads
-from pyro_seq.engine.compiled.trace import Noise, Untraceable, trace, unchanged_generator
+from pyro_seq.engine.compiled.trace import Graph, Noise, Untraceable, trace, unchanged_generator
 
 __all__ = ["Compiled", "Compiler", "Run", "rounded"]
 
@@ -160,18 +160,8 @@ class Run:
         plan = take_apart(arguments, inputs)
         return self.look_up(name, self.key(name, plan, inputs), lambda: self.compiled(fn, plan, inputs))
 
-    def call(self, name: str, fn: Callable[..., Any], *arguments: Any) -> Any:
-        """``fn(*arguments)``, compiled; without gradients."""
-        inputs: list[Tensor] = []
-        plan = take_apart(arguments, inputs)
-        found = self.look_up(name, self.key(name, plan, inputs), lambda: self.compiled(fn, plan, inputs))
-        if found is None:
-            return fn(*arguments)
-        noise = [part.draw() for part in found.noise]
-        results = found.call(*inputs, *[self.live[index] for index in found.live], *noise)
-        return put_together(found.plan, iter(results))
-
-    def compiled(self, fn: Callable[..., Any], plan: Any, inputs: list[Tensor]) -> Compiled:
+    def traced(self, fn: Callable[..., Any], plan: Any, inputs: list[Tensor]) -> tuple[Graph, Any]:
+        """The graph of a function of nests, and how its results are put together."""
         result: list[Any] = []
 
         def flat(*given: Tensor) -> list[Tensor]:
@@ -180,10 +170,14 @@ class Run:
             return tensors
 
         graph = trace(flat, inputs, self.live)
+        return graph, result[0]
+
+    def compiled(self, fn: Callable[..., Any], plan: Any, inputs: list[Tensor]) -> Compiled:
+        graph, results = self.traced(fn, plan, inputs)
         with unchanged_generator(inputs):
             examples = [*inputs, *(self.live[index] for index in graph.live), *(part.draw() for part in graph.noise)]
             call = self.compiler.build(graph.module, examples)
-        return Compiled(call, graph.live, graph.noise, result[0], graph.random)
+        return Compiled(call, graph.live, graph.noise, results, graph.random)
 
 
 class _Key:

@@ -13,7 +13,7 @@ from pyro_seq.engine.compiled.joint import Parts, cut
 from pyro_seq.engine.compiled.nest import put_together, take_apart
 from pyro_seq.engine.compiled.trace import Graph, Noise, Untraceable, trace, unchanged_generator, unvalidated
 
-__all__ = ["OWN_NOISE", "TWICE", "Differentiable", "Joint", "Weights", "call", "joint_of", "running_rows"]
+__all__ = ["OWN_NOISE", "TWICE", "Differentiable", "Joint", "Weights", "call", "joint_of", "running_rows", "zeros"]
 
 
 class Joint(NamedTuple):
@@ -93,7 +93,8 @@ def _taken(module: fx.GraphModule) -> list[str]:
     return [node.name for node in module.graph.nodes if node.op == "placeholder"]
 
 
-def _zeros(like: Tensor) -> Tensor:
+def zeros(like: Tensor) -> Tensor:
+    """As many, in the order of the shape."""
     return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
 
 
@@ -129,7 +130,7 @@ class Differentiable:
 
         self.forward, results = compiled(joint.parts.forward)
         values.update(zip(joint.parts.saved, results[self.outputs:], strict=True))
-        values.update((name, _zeros(results[place])) for name, place in zip(joint.gradients, joint.differentiable, strict=True))
+        values.update((name, zeros(results[place])) for name, place in zip(joint.gradients, joint.differentiable, strict=True))
         self.states, found = compiled(joint.parts.states)
         values.update(zip(joint.parts.deltas, found[len(found) - self.deltas:], strict=True))
         self.weights, _ = compiled(joint.parts.weights)
@@ -193,7 +194,7 @@ class Weights:
             with torch.no_grad(), unchanged_generator(inputs):
                 results = joint.parts.forward(*[values[name] for name in _taken(joint.parts.forward)])
                 values.update(zip(joint.parts.saved, results[joint.outputs:], strict=True))
-                values.update((name, _zeros(results[place])) for name, place in zip(
+                values.update((name, zeros(results[place])) for name, place in zip(
                     joint.gradients, joint.differentiable, strict=True))
                 found = joint.parts.states(*[values[name] for name in _taken(joint.parts.states)])
             values.update(zip(joint.parts.deltas, found[len(found) - len(joint.parts.deltas):], strict=True))
@@ -224,8 +225,8 @@ class _Called(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, job: Differentiable, how: tuple[Any, ...], inputs: list[Tensor], *tracked: Tensor
                 ) -> tuple[Tensor, ...]:
-        run, rows, *ctx.written = how
-        results, ctx.pool = job.pool(run, inputs, [_drawn(part, rows, inputs[0].shape[0]) for part in job.noise])
+        run, *ctx.written = how
+        results, ctx.pool = job.pool(run, inputs, [part.draw() for part in job.noise])
         ctx.job, ctx.inputs = job, inputs
         ctx.save_for_backward(*tracked)
         ctx.set_materialize_grads(False)
@@ -280,14 +281,6 @@ def _apart(results: list[Tensor], others: list[Tensor]) -> list[Tensor]:
     return found
 
 
-def _drawn(noise: Noise, rows: int, size: int) -> Tensor:
-    """The random numbers of the rows that there are, as they are drawn without the rows that fill up."""
-    if rows == size or noise.shape[:1] != (size,):
-        return noise.draw()
-    found = noise.draw(rows)
-    return torch.cat([found, found.new_full((size - rows, *noise.shape[1:]), 0.5)])
-
-
 def call(run: Run, name: str, fn: Callable[..., Any], *arguments: Any, fill: bool = False) -> Any:
     """``fn(*arguments)``, compiled, with gradients if they are enabled; as written where it cannot be.
 
@@ -316,7 +309,7 @@ def call(run: Run, name: str, fn: Callable[..., Any], *arguments: Any, fill: boo
         return fn(*arguments)
     if learning:
         tracked = [value for value in inputs if value.requires_grad] + [run.live[index] for index in job.joint.learned]
-        results = _Called.apply(job, (run, rows, fn, plan, wanted), [value.detach() for value in inputs], *tracked)
+        results = _Called.apply(job, (run, fn, plan, wanted), [value.detach() for value in inputs], *tracked)
     else:
-        results = job.call(*inputs, *[run.live[index] for index in job.live], *[_drawn(part, rows, size) for part in job.noise])
+        results = job.call(*inputs, *[run.live[index] for index in job.live], *[part.draw() for part in job.noise])
     return put_together(job.plan, iter([value[:rows] for value in results] if rows < size else results))

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
+from pyro_seq.engine.compiled.trace import is_random
+
 __all__ = ["Parts", "cut"]
 
 _aten = torch.ops.aten
@@ -55,7 +57,7 @@ def cut(module: fx.GraphModule, outputs: int, inputs: int, given: list[fx.Node],
     results = list(graph.output_node().args[0])
     out, to_inputs, to_weights = results[:outputs], results[outputs:outputs + inputs], results[outputs + inputs:]
     # What is drawn, and what depends on it, is not to be had again.
-    drawn = [n for n in graph.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())]
+    drawn = [n for n in graph.nodes if is_random(n)]
     backward, rows = _after(graph, given), _after(graph, [*of_rows, *drawn])
     nodes = list(graph.nodes)
     before_states, before_weights = _before(to_inputs), _before(to_weights)

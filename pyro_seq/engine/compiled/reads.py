@@ -67,7 +67,6 @@ class Reads:
         unique = {id(value): value for value in look.tensors}
         return list(unique.values()), tuple(key)
 
-
     def entered(self) -> list[_Entered]:
         """What the roots hold while they are entered: values of their parameters, and of global parameters."""
         return [_Entered(root.__dict__.get("_values"), dict(getattr(root, "_pyro_context", _Context).cache))

@@ -10,13 +10,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from pyro_seq.engine.compiled import chain
 from pyro_seq.engine.compiled.compiler import Run
-from pyro_seq.engine.compiled.gradients import TWICE, Joint, Weights, joint_of, running_rows
+from pyro_seq.engine.compiled.gradients import TWICE, Joint, Weights, joint_of, running_rows, zeros
 from pyro_seq.engine.compiled.nest import put_together, take_apart
-from pyro_seq.engine.compiled.trace import Noise, trace
 
 __all__ = ["Rollout", "Select", "roll"]
 
@@ -52,12 +51,12 @@ class _Steps:
         if self.learning:
             self.joint: Joint | None = joint_of(run, fn, plan, inputs, wanted)
             graph, module, self.plan = self.joint.graph, self.joint.parts.forward, self.joint.plan
-            self.found, self.saved = self.joint.outputs - width, len(self.joint.parts.saved)
+            self.found = self.joint.outputs - width
         else:
             self.joint = None
-            graph, self.plan = _traced(run, fn, plan, inputs)
+            graph, self.plan = run.traced(fn, plan, [value.detach() for value in inputs])
             module = graph.module
-            self.found, self.saved = len(module.graph.output_node().args[0]) - width, 0
+            self.found = len(module.graph.output_node().args[0]) - width
         self.noise, self.live, self.random = graph.noise, graph.live, graph.random
         # Steps beyond the end would draw what comes after it.
         self.steps = 1 if one_by_one or graph.random else max(1, min(_MOST, _NODES // len(module.graph.nodes)))
@@ -66,15 +65,15 @@ class _Steps:
         noise = [torch.zeros((self.steps, *part.shape), dtype=part.dtype, device=part.device) for part in self.noise]
         built = chain.forward(module, self.steps, width, len(stacks), len(live))
         state = [value.detach() for value in inputs[:width]]
-        self.forward = run.compiler.build(built.module, [*state, *stacks, *live, *noise])
+        self.forward = run.compiler.build(built, [*state, *stacks, *live, *noise])
         if self.joint is not None:
             with torch.no_grad():
                 results = self.forward(*state, *stacks, *live, *noise)
-            self._build_backward(run, module, results, stacks, live, noise)
+            self._build_backward(run, results, stacks, live, noise)
             self.weights = Weights(run, fn, plan, inputs, wanted, self.joint)
 
-    def _build_backward(self, run: Run, module: fx.GraphModule, results: list[Tensor], stacks: list[Tensor],
-                        live: list[Tensor], noise: list[Tensor]) -> None:
+    def _build_backward(self, run: Run, results: list[Tensor], stacks: list[Tensor], live: list[Tensor], noise: list[Tensor]
+                        ) -> None:
         joint, width = self.joint, self.width
         self.floating = [place for place in range(width) if self.wanted[place]]
         gradients = dict(zip(joint.differentiable, joint.gradients, strict=True))
@@ -95,7 +94,7 @@ class _Steps:
             *[torch.zeros_like(results[place]).contiguous() for place in self.floating],
             torch.ones(self.steps, self.rows, dtype=torch.bool, device=results[0].device),
             *[live[index] for index in self.needed_live], *[values[index].contiguous() for index in self.needed],
-            *[_zeros(found[place - width]) for place in self.of_found], *[_zeros(before[place]) for place in self.floating]]
+            *[zeros(found[place - width]) for place in self.of_found], *[zeros(before[place]) for place in self.floating]]
         self.backward = run.compiler.build(built.module, examples)
 
     def stacked(self, results: list[Tensor], stacks: list[Tensor], noise: list[Tensor]) -> list[Tensor]:
@@ -122,16 +121,8 @@ class _Steps:
             calls.append(stacks)
             for place, count in enumerate(part):
                 for noise, stack in zip(self.noise, stacks, strict=True):
-                    fill(noise, stack[place] if count == self.rows else stack[place, :count])
+                    noise.fill(stack[place] if count == self.rows else stack[place, :count])
         return calls
-
-
-def fill(noise: Noise, where: Tensor) -> None:
-    getattr(where, noise.method)(*noise.arguments)
-
-
-def _zeros(like: Tensor) -> Tensor:
-    return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
 
 
 class _Job(NamedTuple):
@@ -182,17 +173,6 @@ def roll(run: Run, name: str, fn: Callable[..., Any], state: Any, inputs: Any, c
         results = _walk(job, start)[0]
     after, found = put_together(steps.plan, iter(results[width:]))
     return Rollout(put_together(state_plan, iter(results[:width])), found, after)
-
-
-def _traced(run: Run, fn: Callable[..., Any], plan: Any, inputs: list[Tensor]) -> tuple[Any, Any]:
-    found: list[Any] = []
-
-    def flat(*given: Tensor) -> list[Tensor]:
-        tensors: list[Tensor] = []
-        found[:] = [take_apart(fn(*put_together(plan, iter(given))), tensors)]
-        return tensors
-
-    return trace(flat, [value.detach() for value in inputs], run.live), found[0]
 
 
 class _Walked(NamedTuple):

@@ -22,7 +22,7 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Graph", "Noise", "Untraceable", "is_traced", "trace", "unchanged_generator", "unvalidated"]
+__all__ = ["Graph", "Noise", "Untraceable", "is_random", "is_traced", "trace", "unchanged_generator", "unvalidated"]
 
 _aten = torch.ops.aten
 # Random operators whose numbers depend on nothing that is computed, and the method that draws them in place.
@@ -50,7 +50,11 @@ class Noise(NamedTuple):
     def draw(self, rows: int | None = None) -> Tensor:
         """:param rows: of the first dimension; all by default."""
         shape = self.shape if rows is None else (rows, *self.shape[1:])
-        return getattr(torch.empty(shape, dtype=self.dtype, device=self.device), self.method)(*self.arguments)
+        return self.fill(torch.empty(shape, dtype=self.dtype, device=self.device))
+
+    def fill(self, where: Tensor) -> Tensor:
+        """Draw them into ``where``."""
+        return getattr(where, self.method)(*self.arguments)
 
 
 class Graph(NamedTuple):
@@ -72,6 +76,7 @@ def trace(fn: Callable[..., list[Tensor]], inputs: list[Tensor], live: list[Tens
     """
     versions = _versions(live)
     others = _other_generators()
+
     def run(*given: Tensor) -> list[Tensor]:
         with _NoValues():
             return fn(*given[:len(inputs)])
@@ -163,7 +168,7 @@ def _simplify(module: fx.GraphModule) -> None:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
             continue
-        if node.op != "call_function" or _is_random(node):
+        if node.op != "call_function" or is_random(node):
             continue
         key = (node.target, repr(node.args), repr(node.kwargs))
         if key in seen:
@@ -184,10 +189,11 @@ def _gathered(module: fx.GraphModule, inputs: int) -> Graph:
             graph.erase_node(node)
     noise = _hoist(graph)
     module.recompile()
-    return Graph(module, live, noise, any(map(_is_random, graph.nodes)))
+    return Graph(module, live, noise, any(map(is_random, graph.nodes)))
 
 
-def _is_random(node: fx.Node) -> bool:
+def is_random(node: fx.Node) -> bool:
+    """Whether an operator draws random numbers."""
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
@@ -195,7 +201,7 @@ def _hoist(graph: fx.Graph) -> list[Noise]:
     """Make inputs of the random numbers, if that can be said of all of them: else the graph draws them all, in order."""
     for node in graph.nodes:
         _by_exponentials(graph, node)
-    drawn = [node for node in graph.nodes if _is_random(node)]
+    drawn = [node for node in graph.nodes if is_random(node)]
     if any(node.target not in _DRAWN and node.target is not _aten.normal.Tensor_Tensor for node in drawn):
         return []
     noise = []

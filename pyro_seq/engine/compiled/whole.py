@@ -12,13 +12,14 @@ from pyro_seq.engine.compiled.compiler import Compiler, Run
 from pyro_seq.engine.compiled.gradients import OWN_NOISE, call
 from pyro_seq.engine.compiled.rollout import Rollout, roll
 from pyro_seq.engine.families import apart, rebuilt
+from pyro_seq.engine.generators import generator_states, set_generators
 from pyro_seq.engine.loop import Plan, Window, draw_step, weighted_step
 from pyro_seq.engine.score import Term, join, step_terms, term_of
 from pyro_seq.engine.sites import Site, StepSites, check_support
 from pyro_seq.engine.state import State, map_state
 from pyro_seq.sequences import Frame, Packed, Sequences, first_rows, repeat_rows
 
-__all__ = ["Whole", "draw_and_score", "draw_and_weigh", "remembered"]
+__all__ = ["Whole", "draw_and_score", "draw_and_weigh"]
 
 
 class Whole(NamedTuple):
@@ -54,7 +55,8 @@ class Loop(NamedTuple):
     state: State
     """Before the first step; ``None`` for a state-space model, whose first step is another than the later ones."""
     functions: _Functions
-    generator: _Generator
+    generators: dict[str, Tensor]
+    """The states of the random numbers before."""
 
     def first(self) -> tuple[State, _Data]:
         """What the first step reads beside the state, ``(rows, ...)``."""
@@ -91,7 +93,7 @@ def ready(compiler: Compiler, model: Any, guide: Any, sequences: Sequences, wind
             value.requires_grad for value in (*sequences.x.values(), *sequences.covariates.values())):
         return None
     model.check_inputs(sequences)
-    run, generator = compiler.run(model, guide), remembered(sequences.device)
+    run, generators = compiler.run(model, guide), generator_states(sequences.device)
     encodings = window.encodings
     if encodings is None:
         encodings = guide.prepare_rows(sequences)
@@ -114,7 +116,7 @@ def ready(compiler: Compiler, model: Any, guide: Any, sequences: Sequences, wind
     times = torch.arange(start, stop + 1, device=frame.device)[:, None].expand(shape)
     data = _Data(part(packed.x), part(packed.covariates), part(packed.observed), frame.sequence.expand(shape), times)
     return Loop(run, packed, window, map_state(lambda leaf: by_time(packed.sort(leaf)), encodings), data, state,
-                _Functions(model, guide, plan, missing, frame.device), generator)
+                _Functions(model, guide, plan, missing, frame.device), generators)
 
 
 def draw_and_score(compiler: Compiler, model: Any, guide: Any, sequences: Sequences, window: Window, num_particles: int,
@@ -130,14 +132,14 @@ def draw_and_score(compiler: Compiler, model: Any, guide: Any, sequences: Sequen
     counts = loop.counts(begun, num_particles)
     rolled = roll(loop.run, "the step that draws", loop.functions.draw, state, loop.later(begun), counts)
     if rolled is None:
-        loop.generator.rewind()
+        set_generators(loop.generators, sequences.device)
         return None
     flat = _data(sequences.packed.flat(window.start + begun, window.stop, num_particles))
     terms = call(loop.run, "the step that scores", loop.functions.score, rolled.before, flat, rolled.found["drawn"],
                  analytic_kl, fill=True)
     # Of what is not a number, the loop as written says where.
     if loop.run.declined(OWN_NOISE) or any(bool(term.log_p.detach().sum().isnan()) for term in terms):
-        loop.generator.rewind()
+        set_generators(loop.generators, sequences.device)
         return None
     return loop.found(first, rolled, terms, num_particles)
 
@@ -169,7 +171,7 @@ def draw_and_weigh(compiler: Compiler, model: Any, guide: Any, sequences: Sequen
 
     rolled = roll(loop.run, "the step that weighs", loop.functions.weigh, state, loop.later(begun), counts, select)
     if rolled is None:
-        loop.generator.rewind()
+        set_generators(loop.generators, sequences.device)
         return None
     return loop.found(first, rolled, rolled.found["terms"], num_particles)
 
@@ -180,23 +182,6 @@ def map_data(fn: Callable[[Tensor], Tensor], data: _Data) -> _Data:
 
 def _data(frame: Frame) -> _Data:
     return _Data(dict(frame.x), dict(frame.covariates), dict(frame.observed), frame.sequence, frame.time)
-
-
-def remembered(device: torch.device) -> _Generator:
-    """The state of torch's random numbers on a device, to go back to."""
-    return _Generator(device)
-
-
-class _Generator:
-    def __init__(self, device: torch.device):
-        self.device = device if device.type == "cuda" else None
-        self.state = torch.get_rng_state() if self.device is None else torch.cuda.get_rng_state(device)
-
-    def rewind(self) -> None:
-        if self.device is None:
-            torch.set_rng_state(self.state)
-        else:
-            torch.cuda.set_rng_state(self.state, self.device)
 
 
 class _Functions:

@@ -16,7 +16,7 @@ from pyro_seq.engine.compiled.nest import put_together, take_apart
 from pyro_seq.engine.compiled.trace import Noise
 from pyro_seq.engine.loop import Checked, Step, advance, refuse_scaled, same_latents
 from pyro_seq.engine.sites import Site
-from pyro_seq.engine.state import State, map_state
+from pyro_seq.engine.state import State, by_step, map_state
 from pyro_seq.engine.weights import Weights
 from pyro_seq.infer.smc.families import Families
 from pyro_seq.infer.smc.population import Population, Resampled, resample, which
@@ -74,8 +74,9 @@ class _Run:
         self.packed, self.particles, self.population = packed, method.num_particles, method.population(guide)
         self.run: Run = method.compiler.run(*((model,) if method.guide is None else (model, guide)))
         self.ragged = packed.counts[-1] < packed.counts[0]
-        encodings = map_state(lambda leaf: _in_order(packed.sort(leaf).transpose(0, 1)), guide.prepare_rows(sequences))
-        self.encodings = [map_state(lambda leaf, t=t: leaf[t], encodings) for t in range(sequences.num_steps)]
+        encodings = map_state(lambda leaf: _in_order(packed.sort(leaf).transpose(0, 1)).transpose(0, 1),
+                              guide.prepare_rows(sequences))
+        self.encodings = by_step(encodings, sequences.num_steps)
         self.given = _Given(packed, self.encodings, self.ragged)
         if model.state_grows:
             method.compiler.warn("the step", "the state of a from_pyro model is its path, longer at each step")

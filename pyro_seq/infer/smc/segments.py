@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_seq.engine.compiled.whole import draw_and_weigh, remembered
+from pyro_seq.engine.compiled.whole import draw_and_weigh
+from pyro_seq.engine.generators import generator_states, set_generators
 from pyro_seq.engine.loop import Step, Window
 from pyro_seq.engine.score import Term
 from pyro_seq.infer.iwae import Particles
@@ -36,21 +37,21 @@ def compiled_bound(loss: Any, model: Any, guide: Any, sequences: Sequences, wind
     if type(loss.resampler) is not Ancestral or declined in loss.compiler.declined:
         return None
     walk = _Walk(loss, sequences.packed, window, weights, weight_of)
-    generator = remembered(sequences.device)
+    generators = generator_states(sequences.device)
     try:
         found = draw_and_weigh(loss.compiler, model, guide, sequences, window, loss.num_particles, walk.between)
     except (ValueError, _NotFinite):  # which the loop as written says in full
         found = None
     if found is None:
-        generator.rewind()
+        set_generators(generators, sequences.device)
         return None
     if torch.is_grad_enabled() and any(term.score_function is not None for term in found.terms):
         loss.compiler.declined.add(declined)
-        generator.rewind()
+        set_generators(generators, sequences.device)
         return None
     bound = walk.bound(found.terms)
     if not bool(bound.isfinite()):
-        generator.rewind()
+        set_generators(generators, sequences.device)
         return None
     last = sequences.packed.counts[window.stop - 1] * loss.num_particles
     walk.add([term._replace(log_p=term.log_p[-last:], log_q=None if term.log_q is None else term.log_q[-last:])

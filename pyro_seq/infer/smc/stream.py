@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_seq.engine.generators import generator_states, set_generators
 from pyro_seq.engine.loop import Checked, advance, same_latents
 from pyro_seq.engine.sites import check_support
 from pyro_seq.engine.state import State, map_state
 from pyro_seq.engine.weights import Weights
 from pyro_seq.guide import PriorGuide
 from pyro_seq.infer.posterior import Draws, Moments, draw_future
-from pyro_seq.infer.run import entered, generator_states, refuse_scaled, set_generators
+from pyro_seq.infer.run import entered, refuse_scaled
 from pyro_seq.infer.smc.record import Record
 from pyro_seq.infer.smc.snapshot import read_snapshot, to_plain
 from pyro_seq.infer.stream import one_frame
