@@ -228,7 +228,7 @@ def _untraceable():
     said = {on_a_value: "value of a tensor", as_a_number: "value of a tensor", an_item: "value of a tensor",
             while_large: "value of a tensor", by_numpy: "by .numpy()", pythons_random: "random numbers of Python",
             numpys_random: "random numbers of Python or numpy", a_counter: "changes an attribute or a variable",
-            a_mask: "", a_list: "by .tolist()"}
+            a_mask: "by a mask", a_list: "by .tolist()"}
     return said
 
 

@@ -222,7 +222,9 @@ def _build(module: fx.GraphModule, examples: list[Tensor]) -> Callable[..., Any]
             return compiled(module, examples, fallback_random=True)
     except Exception as error:
         text = str(error).split("\n")[0]
-        if "compiler" in text.lower() or "CXX" in text:
+        if "nonzero" in text:
+            text = "it picks values by a mask, z[z > 0] or nonzero(), how many depending on them: choose by torch.where"
+        elif "compiler" in text.lower() or "CXX" in text:
             text = (f"there is no working C++ compiler ({text}): install g++ or clang, or name one by the environment variable "
                     f"CXX, which is {os.environ.get('CXX')!r}")
         raise Untraceable(text) from error
