@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_seq.engine.generators import generator_states, set_generators
-from pyro_seq.engine.loop import Checked, advance, same_latents
+from pyro_seq.engine.loop import Checked, Step, advance, same_latents
 from pyro_seq.engine.sites import check_support
 from pyro_seq.engine.state import State, map_state
 from pyro_seq.engine.weights import Weights
@@ -17,7 +17,7 @@ from pyro_seq.guide import PriorGuide
 from pyro_seq.infer.posterior import Draws, Moments, draw_future
 from pyro_seq.infer.run import entered, refuse_scaled
 from pyro_seq.infer.smc.record import Record
-from pyro_seq.infer.smc.snapshot import read_snapshot, to_plain
+from pyro_seq.infer.smc.snapshot import Snapshot, read_snapshot, to_plain
 from pyro_seq.infer.stream import one_frame
 from pyro_seq.module import own_parameters, require_count
 from pyro_seq.resampling import named
@@ -47,6 +47,8 @@ class FilteredParticles(NamedTuple):
     """By latent site, ``(B, N, ...)``."""
     weights: Tensor
     """``(B, N)`` of sum one."""
+    expectation: Tensor | None = None
+    """From :class:`~pyro_seq.Paris`, ``(B, ...)``: the sum of the functional so far, expected given x_1..x_t."""
 
 
 class ParticleStream:
@@ -171,7 +173,7 @@ class ParticleStream:
             "log_evidence": copy(self.log_evidence), "state": to_plain(self._state), "carry": to_plain(self._carry),
             "parameters": {name: copy(value) for name, value in self.parameters.items()},
             "latents": None if self._latents is None else sorted(self._latents), "inputs": dict(self._inputs),
-            "types": dict(self._types), "generators": generator_states(device)}
+            "types": dict(self._types), **self._held(), "generators": generator_states(device)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a snapshot of a stream of the same model and guide, filtered in the same way; torch's generators are set.
@@ -191,6 +193,7 @@ class ParticleStream:
                                  "the ParticleFilter as it was")
         try:
             sound = read_snapshot(found, self.method.model, self.guide, self.method.num_particles)
+            held = self._held_soundly(found, sound)
             device = torch.device("cpu") if sound.log_weights is None else sound.log_weights.device
             before = generator_states(device)
             try:
@@ -205,6 +208,7 @@ class ParticleStream:
         self._log_weights, self.log_evidence = sound.log_weights, sound.log_evidence
         self._state, self._carry = sound.state, sound.carry
         self._checks.entered = sound.time
+        self._keep(held)
 
     def _settings(self) -> dict[str, Any]:
         """What makes a stream another one."""
@@ -236,12 +240,28 @@ class ParticleStream:
         record = Record(sequences.packed, particles, method.measured)
         record.add(step, weights, factor)
         moments = {name: Moments(mean[:, 0], variance[:, 0]) for name, (mean, variance) in record.moments().items()}
+        kept, expectation = self._smooth(step, weights)
+        self._keep(kept)
         self.time, self.parameters, self._latents, self._carry = t, parameters, latents, carry
         self._log_weights, self._state = step.log_weights, step.state
         self.log_evidence = factor if self.log_evidence is None else self.log_evidence + factor
         self._inputs, self._types = _shapes(sequences), _types(sequences) | _floating(self._types)
         drawn = {name: site.value.unflatten(0, (-1, particles)) for name, site in step.sites.items() if not site.observed}
-        return FilteredParticles(moments, weights.ess, factor, drawn, weights.normalised)
+        return FilteredParticles(moments, weights.ess, factor, drawn, weights.normalised, expectation)
+
+    # What a subclass adds to the filter: what it makes of a step, keeps until the next, and writes to a snapshot.
+
+    def _smooth(self, step: Step, weights: Weights) -> tuple[Any, Tensor | None]:
+        return None, None
+
+    def _keep(self, found: Any) -> None:
+        pass
+
+    def _held(self) -> dict[str, Any]:
+        return {}
+
+    def _held_soundly(self, found: Mapping[str, Any], snapshot: Snapshot) -> Any:
+        """:raises ValueError: or another error, on what cannot be."""
 
     def _require_like_before(self, sequences: Sequences) -> None:
         where = f"the frame at time {self.time + 1}"

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_seq.engine.loop import Step
+from pyro_seq.engine.sites import Site
 from pyro_seq.engine.weights import Weights
 from pyro_seq.infer.particle_filter import ParticleFilter
 from pyro_seq.infer.posterior import Posterior
 from pyro_seq.infer.smc.record import Record, Told
+from pyro_seq.infer.smc.snapshot import Snapshot
+from pyro_seq.infer.smc.stream import ParticleStream
 from pyro_seq.infer.smoothing.kernel import BackwardKernel, require_backward
 from pyro_seq.module import require_count
 from pyro_seq.sequences import Packed
 
-__all__ = ["AdditivePosterior", "Functional", "Paris"]
+__all__ = ["AdditivePosterior", "Functional", "Paris", "ParisStream"]
 
 Functional = Callable[[Any, Any, Any, Tensor], Tensor]
 """``h(before, after, x, t)``: the latents of the step before (``None`` at the first) and of this one, the frame and the 1-based
@@ -41,6 +44,7 @@ class Paris(ParticleFilter):
     particles that it may have come from, drawn by :math:`W_{t-1}^j f(z_t \mid z_{t-1}^j)`. With two or more draws the variance
     stays of the order of ``T / N``, where the genealogy's (one draw, its ancestor) is of the order of :math:`T^2 / N`; nothing
     of the past is kept. Sufficient statistics, scores (by Fisher's identity) and smoothed moments are such sums.
+    :meth:`stream` gives them for data as it comes.
 
     It works for the models of :class:`~pyro_seq.BackwardSampler`, and refuses the others.
 
@@ -73,6 +77,11 @@ class Paris(ParticleFilter):
         >>> posterior = seq.Paris(LocalLevel(), squared_moves, 200, method="rejection").run(torch.zeros(2, 30), [30, 20])
         >>> posterior.expectation.shape
         torch.Size([2, 30])
+        >>> stream = seq.Paris(LocalLevel(), squared_moves, 200).stream()
+        >>> for x_t in torch.zeros(3, 2):
+        ...     expectation = stream.update(x_t).expectation
+        >>> expectation.shape
+        torch.Size([2])
     """
 
     adds = "sums over the particles as it goes"
@@ -89,6 +98,10 @@ class Paris(ParticleFilter):
             raise ValueError("Paris makes one run and keeps nothing of the past: leave num_runs and history out")
         self.functional, self.num_backward, self.method = functional, num_backward, method
 
+    def stream(self) -> ParisStream:
+        """A filter for data as it comes, in constant memory, each of whose updates has the ``expectation`` so far."""
+        return ParisStream(self)
+
     def recorder(self, packed: Packed) -> Record:
         return _Sums(packed, self)
 
@@ -99,51 +112,114 @@ class Paris(ParticleFilter):
         return AdditivePosterior(**fields | {"method": f"{found.method}, PaRIS"}, expectation=sums.padded(sums.expected))
 
 
+class _Last(NamedTuple):
+    """What the next step's sums need of a step."""
+
+    step: Step
+    sums: Tensor
+    """``(n, N, ...)`` of each particle."""
+
+
+class _Adder:
+    """Carries each particle's sum on."""
+
+    def __init__(self, smoother: Paris):
+        self.smoother = smoother
+        self.kernel = BackwardKernel(smoother.model, smoother.method)
+
+    def add(self, last: _Last | None, step: Step, weights: Weights) -> tuple[_Last, Tensor]:
+        """:returns: what to hand over with the next step; and the expected sum ``(n, ...)``."""
+        n, particles = weights.log.shape
+        if last is None:
+            sums = self._terms(step, None, None, step.frame.rows).unflatten(0, (n, particles))
+        else:
+            self.kernel.check(step)
+            every = torch.arange(particles, device=weights.log.device).expand(n, particles)
+            count = self.smoother.num_backward
+            index, _ = self.kernel.draw(last.step, step, every, count)
+            row = torch.arange(n, device=index.device)[:, None, None]
+            source = (row * particles + index).reshape(-1)
+            terms = self._terms(step, last.step, source, n * particles * count)
+            before = last.sums.flatten(0, 1)[source]
+            if terms.shape != before.shape:
+                raise ValueError(f"functional returned {('rows', *terms.shape[1:])} at time {step.frame.t} and "
+                                 f"{('rows', *before.shape[1:])} before: terms of a sum have one shape".replace("'", ""))
+            sums = (before + terms).unflatten(0, (n, particles, count)).mean(2)
+        chances = weights.normalised.reshape(n, particles, *(1,) * (sums.dim() - 2))
+        # No graph, no particles but the last: of the step before, its state, weights and latents are needed.
+        return _Last(step._replace(before=None), sums), (chances * sums).sum(1)
+
+    def _terms(self, step: Step, before: Step | None, source: Tensor | None, rows: int) -> Tensor:
+        """``(rows, ...)`` the functional's values, each particle of ``step`` with its ``source`` among those of the step
+        before."""
+        target = torch.arange(step.frame.rows, device=step.log_weights.device).repeat_interleave(rows // step.frame.rows)
+        earlier = None if before is None else _alone({name: value[source] for name, value in _latents(before).items()})
+        after = _alone({name: value[target] for name, value in _latents(step).items()})
+        frame = _alone({name: value[target] for name, value in step.frame.x.items()})
+        found = self.smoother.functional(earlier, after, frame, step.frame.time[target])
+        if not isinstance(found, Tensor) or found.shape[:1] != (rows,):
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(f"functional returned {shape} at time {step.frame.t}; it is a tensor (rows, ...) = ({rows}, ...)")
+        return found if found.is_floating_point() else found.to(step.log_weights.dtype)
+
+
 class _Sums(Record):
-    """A record that carries each particle's sum on."""
+    """A record with the expected sum of each step."""
 
     def __init__(self, packed: Packed, smoother: Paris):
         super().__init__(packed, smoother.num_particles, smoother.measured)
         self.reads_steps = True
-        self.smoother = smoother
-        self.kernel = BackwardKernel(smoother.model, smoother.method)
-        self.before: Step | None = None
-        self.sums: Tensor | None = None
-        """``(n, N, ...)``"""
+        self.adder, self.before = _Adder(smoother), None
         self.expected: list[Tensor] = []
 
     def add(self, step: Step, weights: Weights, factor: Tensor, chances: Tensor | None = None, told: Told | None = None
             ) -> None:
         super().add(step, weights, factor, chances, told)
-        n, particles = weights.log.shape
-        if self.before is None:
-            self.sums = self._terms(step, None, step.frame.rows).unflatten(0, (n, particles))
-        else:
-            self.kernel.check(step)
-            every = torch.arange(particles, device=weights.log.device).expand(n, particles)
-            count = self.smoother.num_backward
-            index, _ = self.kernel.draw(self.before, step, every, count)
-            row = torch.arange(n, device=index.device)[:, None, None]
-            source = (row * particles + index).reshape(-1)
-            terms = self._terms(step, source, n * particles * count)
-            self.sums = (self.sums.flatten(0, 1)[source] + terms).unflatten(0, (n, particles, count)).mean(2)
-        # No graph, no particles but the last: the step before is needed for its state, weights and latents.
-        self.before = step._replace(before=None)
-        chances = weights.normalised.reshape(n, particles, *(1,) * (self.sums.dim() - 2))
-        self.expected.append((chances * self.sums).sum(1))
+        self.before, expected = self.adder.add(self.before, step, weights)
+        self.expected.append(expected)
 
-    def _terms(self, step: Step, source: Tensor | None, rows: int) -> Tensor:
-        """``(rows, ...)`` the functional's values, each particle of ``step`` with its ``source`` among those of the step
-        before."""
-        target = torch.arange(step.frame.rows, device=step.log_weights.device).repeat_interleave(rows // step.frame.rows)
-        before = None if source is None else _alone({name: value[source] for name, value in _latents(self.before).items()})
-        after = _alone({name: value[target] for name, value in _latents(step).items()})
-        frame = _alone({name: value[target] for name, value in step.frame.x.items()})
-        found = self.smoother.functional(before, after, frame, step.frame.time[target])
-        if not isinstance(found, Tensor) or found.shape[:1] != (rows,):
-            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise ValueError(f"functional returned {shape} at time {step.frame.t}; it is a tensor (rows, ...) = ({rows}, ...)")
-        return found if found.is_floating_point() else found.to(step.log_weights.dtype)
+
+class ParisStream(ParticleStream):
+    """A :class:`~pyro_seq.infer.smc.stream.ParticleStream` whose updates have the smoothed sum too; made by
+    :meth:`Paris.stream`."""
+
+    method: Paris
+
+    def __init__(self, method: Paris):
+        super().__init__(method)
+        self._adder, self._last = _Adder(method), None
+
+    def _smooth(self, step: Step, weights: Weights) -> tuple[_Last, Tensor]:
+        return self._adder.add(self._last, step, weights)
+
+    def _keep(self, found: _Last) -> None:
+        self._last = found
+
+    def _held(self) -> dict[str, Any]:
+        if self._last is None:
+            return {"sums": None, "values": {}}
+        return {"sums": self._last.sums.detach().clone(),
+                "values": {name: value.detach().clone() for name, value in _latents(self._last.step).items()}}
+
+    def _held_soundly(self, found: Mapping[str, Any], snapshot: Snapshot) -> _Last | None:
+        sums, values = found["sums"], dict(found["values"])
+        if snapshot.time == 0:
+            if sums is not None or values:
+                raise ValueError("time=0, before the first frame, and yet it holds sums")
+            return None
+        shape = snapshot.log_weights.shape
+        if not isinstance(sums, Tensor) or not sums.is_floating_point() or sums.shape[:2] != shape:
+            raise ValueError(f"sums are {_what(sums)}; they are a floating tensor {(*shape, '...')}")
+        if set(values) != snapshot.latents:
+            raise ValueError(f"values are of {sorted(values)}, and the latents are {sorted(snapshot.latents)}")
+        for name, value in values.items():
+            if not isinstance(value, Tensor) or value.shape[:1] != (shape.numel(),):
+                raise ValueError(f"values[{name!r}] is {_what(value)}; it has {shape[0]} * {shape[1]} rows")
+        sites = {name: Site(name, value.clone(), None, None, False, None, 1.0, None) for name, value in values.items()}
+        return _Last(Step(None, sites, None, snapshot.state, snapshot.log_weights, None, None), sums.clone())
+
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), "num_backward": self.method.num_backward, "backward": self.method.method}
 
 
 def _latents(step: Step) -> dict[str, Tensor]:
@@ -152,3 +228,7 @@ def _latents(step: Step) -> dict[str, Tensor]:
 
 def _alone(values: dict[str, Tensor]) -> Any:
     return next(iter(values.values())) if len(values) == 1 else values
+
+
+def _what(value: Any) -> Any:
+    return f"{tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
