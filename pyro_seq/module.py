@@ -15,6 +15,8 @@ from pyro.nn import PyroModule, PyroParam, PyroSample, pyro_method
 from pyro.params import param_with_module_name
 from torch import Tensor
 
+from pyro_seq.engine.handlers import outside_inference_mode
+
 __all__ = ["SequentialModule", "accepted", "own_parameters", "require_count", "require_guide", "require_model"]
 
 
@@ -159,7 +161,7 @@ def _store_name(root_module: PyroModule, root: str, prefix: str, name: str) -> s
 
 @contextmanager
 def own_parameters(*modules: SequentialModule | None) -> Iterator[None]:
-    """Run with the parameters that the modules hold, leaving Pyro's store as it is.
+    """Run with the parameters that the modules hold, leaving Pyro's store as it is; outside of ``torch.inference_mode``.
 
     Two models of one name can thus be filtered and compared in one process. Parameters of plain ``pyro.param`` statements
     keep the values they have in the store.
@@ -168,7 +170,7 @@ def own_parameters(*modules: SequentialModule | None) -> Iterator[None]:
     state = store.get_state()
     own = {name for module in modules if module is not None for name in module.store_names()}
     kept = {what: {name: value for name, value in values.items() if name not in own} for what, values in state.items()}
-    with store.scope(kept):
+    with store.scope(kept), outside_inference_mode():
         yield
 
 

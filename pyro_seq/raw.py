@@ -52,6 +52,8 @@ def as_tensor(name: str, value: Any, lengths: Any) -> tuple[Tensor, Any]:
     if value.dim() == 0:
         raise ValueError(f"{name!r} is a single number; sequences have shape (B, T, ...) or, for one series, (T,). If it is "
                          "meant as an option, this function has none of that name")
+    if value.is_inference():  # no gradient could be taken of what is computed from it
+        value = value.clone()
     return (value[None] if value.dim() == 1 else value), lengths
 
 

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pyro_seq.engine.handlers import outside_inference_mode
 from pyro_seq.raw import as_tensor, check_lengths, continued, index_of, pad_with_last, present_of, right
 
 __all__ = ["Frame", "Packed", "Sequences"]
@@ -79,6 +80,7 @@ class Sequences:
     index: tuple[pd.Index, ...] = ()
 
     @staticmethod
+    @outside_inference_mode()
     def of(
         x: Any = None,
         lengths: Any = None,

@@ -16,7 +16,7 @@ from pyro_seq.engine.loop import check_step
 from pyro_seq.engine.missing import GapRead
 from pyro_seq.engine.reads import another
 from pyro_seq.engine.sites import Site, StepSites
-from pyro_seq.engine.state import State, leaves
+from pyro_seq.engine.state import State, leaves, versions
 from pyro_seq.engine.support import Support
 from pyro_seq.sequences import Frame
 
@@ -29,11 +29,11 @@ def run_step(model: Any, support: Support, state: State, frame: Frame, carried: 
     :param carried: whether the state goes on from here; if not, it may read what is missing.
     """
     values = support.rows(frame.rows // support.num_states)
-    versions = [leaf._version for leaf in leaves(state)]
+    counts = versions(state)
     with StepSites(frame, values=values) as step:
         after = model.apply(state, frame)
     check_latents(model, support, step.latents)
-    check_step(model, step.sites, state, after, frame, versions, exact=True)
+    check_step(model, step.sites, state, after, frame, counts, exact=True)
     latent = sum(latent_log_p(site, site.value) for site in step.latents.values())
     observed = observed_log_p(step.sites, frame)
     gaps = {name: site for name, site in step.sites.items() if site.present is not None}

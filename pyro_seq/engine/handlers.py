@@ -1,7 +1,9 @@
-"""Which of Pyro's handlers stand around a call."""
+"""What stands around a call: Pyro's handlers, torch's inference mode."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +11,7 @@ from pyro.distributions import Normal
 from pyro.poutine.runtime import apply_stack
 from torch import Tensor
 
-__all__ = ["Surroundings", "look_around"]
+__all__ = ["Surroundings", "look_around", "outside_inference_mode"]
 
 
 class Surroundings(NamedTuple):
@@ -30,3 +32,12 @@ def look_around() -> Surroundings:
     apply_stack(message)
     plates = tuple(frame.name for frame in message["cond_indep_stack"] if frame.vectorized)
     return Surroundings(message["scale"], message["mask"], plates)
+
+
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Leave ``torch.inference_mode``, from whose tensors no gradient can be taken, and without gradients some proposals
+    cannot be made; whether they are recorded stays as it is."""
+    recorded = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(recorded):
+        yield

@@ -21,7 +21,7 @@ from torch.distributions import Distribution
 from pyro_seq.engine.families import apart, rebuilt
 from pyro_seq.engine.rows import check_rows
 from pyro_seq.engine.sites import Site, StepSites, draw
-from pyro_seq.engine.state import State, by_step, check_state, leaves, map_state
+from pyro_seq.engine.state import State, by_step, check_state, leaves, map_state, versions
 from pyro_seq.sequences import Frame, Sequences, first_rows, repeat_rows
 
 __all__ = ["Between", "Checked", "Plan", "Step", "Weigh", "Window", "advance", "draw_step", "forward", "is_due", "propagate",
@@ -71,12 +71,12 @@ def weighted_step(model: Any, guide: Any, state: State, frame: Frame, encoding: 
                   ) -> tuple[dict[str, Site], State, Tensor, Tensor | None]:
     """Draw the latents from the guide, score the model's step: ``(sites, new state, (rows,) log weights, auxiliary)``."""
     proposal = guide.propose(state, frame, encoding)
-    versions = [leaf._version for leaf in leaves(state)]
+    counts = versions(state)
     with StepSites(frame, proposal, impute=model.missing_feeds_state) as step:
         after = model.apply(state, frame)
     if hasattr(proposal, "check_all_used"):
         proposal.check_all_used()
-    check_step(model, step.sites, state, after, frame, versions)
+    check_step(model, step.sites, state, after, frame, counts)
     return step.sites, after, (weigh or step_log_weight)(step.sites, frame), getattr(proposal, "auxiliary", None)
 
 
@@ -239,11 +239,11 @@ def draw_step(model: Any, guide: Any, state: State, frame: Frame, encoding: Any,
     elif plan.seen >= 2 and not gaps and model.can_draw_latents():
         sites, after = model.draw_latents(state, frame, proposal, len(plan.latents), guide.greedy)
     else:
-        versions = [leaf._version for leaf in leaves(state)]
+        counts = versions(state)
         with StepSites(frame, proposal, impute=model.missing_feeds_state, detach=guide.greedy) as step:
             after = model.apply(state, frame)
         sites = step.sites
-        check_step(model, sites, state, after, frame, versions)
+        check_step(model, sites, state, after, frame, counts)
         plan.see(sites, after)
     if hasattr(proposal, "check_all_used"):
         proposal.check_all_used()
@@ -268,7 +268,7 @@ def _transport(leaf: Tensor, plan: Tensor) -> Tensor:
     return (plan.to(leaf.dtype) @ leaf.reshape(*plan.shape[:2], -1)).reshape(leaf.shape)
 
 
-def check_step(model: Any, sites: dict[str, Site], before: State, after: State, frame: Frame, versions: list[int],
+def check_step(model: Any, sites: dict[str, Site], before: State, after: State, frame: Frame, counts: list[int],
                exact: bool = False) -> None:
     """What a user can get wrong in a step, checked where it is cheap: at the first two, and wherever values are missing.
 
@@ -276,7 +276,7 @@ def check_step(model: Any, sites: dict[str, Site], before: State, after: State, 
     """
     if isinstance(frame.t, int) and frame.t <= 2:
         observed = {name for name, site in sites.items() if site.observed}
-        check_shape_of_step(model, observed, set(sites) - observed, before, after, frame, versions)
+        check_shape_of_step(model, observed, set(sites) - observed, before, after, frame, counts)
         if isinstance(model, torch.nn.Module):
             check_rows(model, sites, before, after, frame, exact)
     if frame.missing and model.missing_feeds_state:
@@ -284,7 +284,7 @@ def check_step(model: Any, sites: dict[str, Site], before: State, after: State, 
 
 
 def check_shape_of_step(model: Any, observed: set[str], latent: set[str], before: State, after: State, frame: Frame,
-                        versions: list[int]) -> None:
+                        counts: list[int]) -> None:
     """Raise if a step forgot to observe its data, or returns a state that cannot be carried on."""
     name = type(model).__name__
     forgotten = sorted(latent & set(frame.x))
@@ -293,7 +293,7 @@ def check_shape_of_step(model: Any, observed: set[str], latent: set[str], before
                          f"{sorted(latent)} are latent: pass obs= in pyro.sample, e.g. pyro.sample('x', ..., obs=x)")
     if not model.state_grows:
         check_state(after, frame.rows, f"the step of {name}", before)
-    if versions != [leaf._version for leaf in leaves(before)]:
+    if counts != versions(before):
         raise ValueError(f"the step of {name} changes its state in place (as in h += 1): return a new tensor, h = h + 1, since "
                          "the old one is still needed")
 

@@ -22,7 +22,7 @@ from pyro_seq.engine.gaussian import covariance, innermost, is_gaussian, root, s
 from pyro_seq.engine.loop import check_step
 from pyro_seq.engine.missing import fill
 from pyro_seq.engine.sites import Site, StepSites
-from pyro_seq.engine.state import State, leaves, map_state
+from pyro_seq.engine.state import State, leaves, map_state, versions
 from pyro_seq.sequences import Frame, repeat_rows
 
 __all__ = ["Data", "Layout", "NoisySites", "NoisyStep", "Ran", "moments", "repeat_frame", "unflatten_state"]
@@ -234,9 +234,9 @@ class NoisyStep:
         where = f"{type(self.model).__name__} at time {self.frame.t}"
         noise = self.layout.noise(rows[:, self.state_width:], where)
         before, sites = self.state(rows), NoisySites(repeat_frame(self.frame, k), noise, self.gaps)
-        versions = [leaf._version for leaf in leaves(before)]
+        counts = versions(before)
         after = _run(self.model, before, sites)
-        check_step(self.model, sites.sites, before, after, sites.frame, versions)
+        check_step(self.model, sites.sites, before, after, sites.frame, counts)
         for name, shape in {**self.layout.latents, **self.layout.observed}.items():
             if name not in sites.sites or sites.sites[name].value.shape[1:] != shape:
                 raise ValueError(_MOVED.format(name=name, where=where))

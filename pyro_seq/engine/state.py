@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["by_step", "check_state", "flatten_state", "join_states", "leaves", "map_state"]
+__all__ = ["by_step", "check_state", "flatten_state", "join_states", "leaves", "map_state", "versions"]
 
 State = Any
 """``None`` (before the first step of a state-space model), a tensor, or a nested tuple, list or dict of tensors."""
@@ -38,6 +38,11 @@ def leaves(state: State) -> list[Tensor]:
     found: list[Tensor] = []
     map_state(lambda leaf: found.append(leaf) or leaf, state)
     return found
+
+
+def versions(state: State) -> list[int]:
+    """Counts of the changes made to each tensor in place, of which those made in ``torch.inference_mode`` have none."""
+    return [0 if leaf.is_inference() else leaf._version for leaf in leaves(state)]
 
 
 def join_states(states: list[State]) -> State:

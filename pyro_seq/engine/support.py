@@ -11,7 +11,7 @@ from torch.distributions import Distribution, Independent
 
 from pyro_seq.engine.loop import check_step, refuse_scaled
 from pyro_seq.engine.sites import StepSites
-from pyro_seq.engine.state import State, leaves
+from pyro_seq.engine.state import State, leaves, versions
 from pyro_seq.sequences import Sequences
 
 __all__ = ["Support", "read_support"]
@@ -67,10 +67,10 @@ def read_support(model: Any, sequences: Sequences, who: str = "ForwardBackward")
             return None, values[name][:1]
 
         before = model.begin(frame) if frame.first else state
-        versions = [leaf._version for leaf in leaves(before)]
+        counts = versions(before)
         with StepSites(frame, propose) as step:
             state = model.apply(before, frame)
-        check_step(model, step.sites, before, state, frame, versions)
+        check_step(model, step.sites, before, state, frame, counts)
         refuse_scaled(model, step)
         made_of = tuple(next((name for name, site in step.latents.items() if site.value is leaf), None)
                         for leaf in leaves(state))

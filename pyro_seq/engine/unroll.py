@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_seq.engine.handlers import look_around
 from pyro_seq.engine.loop import check_not_nan, check_shape_of_step
 from pyro_seq.engine.sites import PyroSites
-from pyro_seq.engine.state import State, by_step, leaves, map_state
+from pyro_seq.engine.state import State, by_step, map_state, versions
 from pyro_seq.sequences import Sequences
 
 __all__ = ["unroll"]
@@ -59,7 +59,7 @@ def unroll(model: Any, sequences: Sequences, guide: Any = None, *, plate_size: i
             if guide is not None:
                 emit = PyroSites(rename, frame, running)
                 options["proposal"] = guide.propose(state, frame, encodings[t - 1], emit)
-            versions = [leaf._version for leaf in leaves(state)]
+            counts = versions(state)
             sites = PyroSites(rename, frame, running, **options)
             try:
                 with sites:
@@ -74,7 +74,7 @@ def unroll(model: Any, sequences: Sequences, guide: Any = None, *, plate_size: i
             if hasattr(sites.proposal, "check_all_used"):
                 sites.proposal.check_all_used()
             if t <= 2 and not outside and not sites.enumerates:
-                check_shape_of_step(model, set(sites.observed) | sites.hidden, set(sites.drawn), state, after, frame, versions)
+                check_shape_of_step(model, set(sites.observed) | sites.hidden, set(sites.drawn), state, after, frame, counts)
             if frame.missing and model.missing_feeds_state:
                 check_not_nan(model, after)
             state = _keep(running, after, state, ranks)

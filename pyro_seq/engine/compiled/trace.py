@@ -22,6 +22,8 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.overrides import TorchFunctionMode
 
+from pyro_seq.engine.state import versions
+
 __all__ = ["Graph", "Noise", "Untraceable", "is_random", "is_traced", "trace", "unchanged_generator", "unvalidated"]
 
 _aten = torch.ops.aten
@@ -74,7 +76,7 @@ def trace(fn: Callable[..., list[Tensor]], inputs: list[Tensor], live: list[Tens
     :param live: the tensors that ``fn`` may read beside its inputs.
     :raises Untraceable: if it decides by the values of tensors, draws numbers of its own, changes or reads tensors unknown.
     """
-    versions = _versions(live)
+    counts = versions(live)
     others = _other_generators()
 
     def run(*given: Tensor) -> list[Tensor]:
@@ -89,18 +91,13 @@ def trace(fn: Callable[..., list[Tensor]], inputs: list[Tensor], live: list[Tens
     if _other_generators() != others:
         raise Untraceable("it draws random numbers of Python or numpy, which a graph would draw once and for all: use "
                           "pyro.sample")
-    if versions != _versions(live):
+    if counts != versions(live):
         raise Untraceable("it changes a tensor in place, as batch normalisation in training mode does its averages")
     _refuse_strangers(found)
     with unchanged_generator(inputs), torch.no_grad():
         found = make_fx(functionalize(found))(*(value.detach() for value in (*inputs, *live)))
     _simplify(found)
     return _gathered(found, len(inputs))
-
-
-def _versions(tensors: list[Tensor]) -> list[int]:
-    """Counts of changes in place; tensors made under inference mode have none."""
-    return [0 if value.is_inference() else value._version for value in tensors]
 
 
 def unchanged_generator(tensors: list[Tensor]) -> AbstractContextManager[None]:
