@@ -241,3 +241,38 @@ def test_a_step_with_noise_of_its_own_runs_as_written():
         found = [value_and_gradients(compiled, model, guide, batch) for _ in range(3)]
     for one in found:
         torch.testing.assert_close(one, value_and_gradients(written, model, guide, batch), rtol=1e-12, atol=1e-12)
+
+
+class Mixed(seq.StateSpaceModel):
+    """A network whose products a user may lower to bfloat16; densities stay as they are."""
+
+    def __init__(self):
+        super().__init__()
+        self.move = nn.Linear(3, 3)
+
+    def initial(self):
+        return pyro.sample("z", dist.Normal(torch.zeros(3, dtype=torch.float32), 1.0).to_event(1))
+
+    def transition(self, z):
+        return pyro.sample("z", dist.Normal(self.move(z).float(), 0.5).to_event(1))
+
+    def emission(self, z, x=None):
+        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+
+@pytest.mark.slow
+def test_products_of_a_lower_type_are_compiled_apart():
+    """Rounding differs: a rounding of a product is 1 in 256, and what it feeds is of the size of one."""
+    model, x = Mixed().float(), torch.randn(2, 5, 3, dtype=torch.float32)
+    guide = seq.FilteringGuide(model, like=x, hidden=4)
+    for parameter in guide.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    losses = seq.SequentialELBO(), seq.SequentialELBO(compile=True)
+    found = {}
+    for lower in (False, True, False, True, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=lower):
+            for loss in losses:
+                pyro.set_rng_seed(1)
+                found[lower, loss] = loss.loss_and_grads(model, guide, x)
+        assert found[lower, losses[0]] == pytest.approx(found[lower, losses[1]], rel=1e-2 if lower else 1e-5)
+    assert abs(found[True, losses[0]] - found[False, losses[0]]) > 1e-4 * abs(found[False, losses[0]])

@@ -94,7 +94,8 @@ class Head(nn.Module):
         if added:
             prepared = torch.addmm(prepared, torch.cat(added, -1) if len(added) > 1 else added[0], self.added)
         hidden, direct = torch.split_with_sizes(prepared, self.sizes, -1)
-        return torch.addmm(direct, nn.functional.elu(hidden), self.output)
+        out = torch.addmm(direct, nn.functional.elu(hidden), self.output)
+        return out.to(self.output.dtype)  # products may be of a lower type, under torch.autocast
 
 
 class NetworkGuide(SequentialGuide):

@@ -90,7 +90,7 @@ class Run:
         self.live, values = reads.now()
         self.entered = reads.entered()
         self.state = (modules, values, tuple(map(_form, self.live)), torch.get_num_threads(), torch.is_grad_enabled(),
-                      torch.get_default_dtype())
+                      torch.get_default_dtype(), _autocast())
         self.state_hash = hash(self.state)
 
     @contextmanager
@@ -211,6 +211,11 @@ def unchanged(run: Run):
     if not run.unchanged():
         raise Untraceable("the step changes an attribute or a variable, such as a counter: what a step remembers goes into the "
                           "state that it returns")
+
+
+def _autocast() -> tuple[Any, ...]:
+    """By kind of device, the type that products are computed in, if ``torch.autocast`` lowers it."""
+    return tuple([torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in ("cpu", "cuda")])
 
 
 def _build(module: fx.GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
