@@ -210,7 +210,8 @@ class SequenceLoss(ELBO):
             begun, (state, encoder) = True, window.state
             window = window._replace(state=state)
         if begun and window.stop - window.start + 1 < sequences.num_steps:
-            found = guide.window_rows(sequences, window.start, window.stop, encoder)
+            with compiled.compiled_networks(self.compiler, model, guide):
+                found = guide.window_rows(sequences, window.start, window.stop, encoder)
             if found is not None:
                 encodings, encoder = found
                 window = window._replace(encodings=encodings)

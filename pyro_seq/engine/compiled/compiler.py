@@ -53,12 +53,15 @@ class Compiler:
         self.sizes: dict[Hashable, set[int]] = {}
         self.plans: dict[tuple[Any, ...], Any] = {}
         """By model and guide, what their first steps, run as written, have shown."""
+        self.cells: dict[tuple[Any, ...], Any] = {}
+        """By modules, the step of their recurrent networks."""
         self.declined: set[tuple[Any, ...]] = set()
         """What methods have found not to be for compiled steps."""
 
     def __getstate__(self) -> dict[str, Any]:
         # Compiled code stays where it is.
-        return {**self.__dict__, "known": {}, "counts": {}, "reads": {}, "sizes": {}, "plans": {}, "declined": set()}
+        return {**self.__dict__, "known": {}, "counts": {}, "reads": {}, "sizes": {}, "plans": {}, "cells": {},
+                "declined": set()}
 
     def run(self, *modules: Any) -> Run:
         """One run of the method, on modules that have been entered."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-__all__ = ["use_faster_products"]
+__all__ = ["linear", "use_faster_products"]
 
 _aten = torch.ops.aten
 _LARGE = 2**21
@@ -54,6 +55,31 @@ def _product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
 @torch.library.register_fake("pyro_seq::product")
 def _form(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
     return left.new_empty(left.shape[0], right.shape[1])
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(inputs, weight)
+        return torch.ops.pyro_seq.product(inputs, weight.t(), bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight = ctx.saved_tensors
+        of_inputs, of_weight, of_bias = ctx.needs_input_grad
+        return (torch.ops.pyro_seq.product(gradient, weight, None) if of_inputs else None,
+                torch.ops.pyro_seq.product(gradient.t().contiguous(), inputs, None) if of_weight else None,
+                gradient.sum(0) if of_bias else None)
+
+
+def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """:func:`torch.nn.functional.linear`, by the faster product; it can be differentiated once."""
+    flat = inputs.reshape(-1, inputs.shape[-1])
+    if (inputs.device.type == "cpu" and {inputs.dtype, weight.dtype} == {torch.float32} and weight.dim() == 2
+            and not torch.is_autocast_enabled("cpu") and flat.shape[0] * weight.numel() >= _LARGE and faster()):
+        return _Linear.apply(flat, weight, bias).reshape(*inputs.shape[:-1], -1)
+    return torch.nn.functional.linear(inputs, weight, bias)
 
 
 @cache

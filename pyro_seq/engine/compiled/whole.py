@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from pyro_seq.engine.compiled.compiler import Compiler, Run
 from pyro_seq.engine.compiled.gradients import OWN_NOISE, call
+from pyro_seq.engine.compiled.recurrence import CompiledNetworks
 from pyro_seq.engine.compiled.rollout import Rollout, roll
 from pyro_seq.engine.families import apart, rebuilt
 from pyro_seq.engine.generators import generator_states, set_generators
@@ -19,7 +21,7 @@ from pyro_seq.engine.sites import Site, StepSites, check_support
 from pyro_seq.engine.state import State, map_state
 from pyro_seq.sequences import Frame, Packed, Sequences, first_rows, repeat_rows
 
-__all__ = ["Whole", "draw_and_score", "draw_and_weigh"]
+__all__ = ["Whole", "compiled_networks", "draw_and_score", "draw_and_weigh"]
 
 
 class Whole(NamedTuple):
@@ -82,6 +84,12 @@ class Loop(NamedTuple):
         return Whole(terms, map_state(lambda leaf: leaf[:running], rolled.state), sum(parts) if parts else None)
 
 
+def compiled_networks(compiler: Compiler | None, model: Any, guide: Any) -> AbstractContextManager[Any]:
+    """For a guide's encoder: inside, what :class:`CompiledNetworks` does, once the model and the guide have run as written."""
+    plan = None if compiler is None else compiler.plans.get((model, guide))
+    return nullcontext() if plan is None or plan.seen < 2 else CompiledNetworks(compiler.run(model, guide))
+
+
 def ready(compiler: Compiler, model: Any, guide: Any, sequences: Sequences, window: Window, num_particles: int) -> Loop | None:
     """``None`` where the window is left to the loop as written: when that has not yet run once, and checked the model and the
     data; where gaps have to be drawn; where the data has a gradient; and where it cannot be checked but by that loop."""
@@ -96,7 +104,8 @@ def ready(compiler: Compiler, model: Any, guide: Any, sequences: Sequences, wind
     run, generators = compiler.run(model, guide), generator_states(sequences.device)
     encodings = window.encodings
     if encodings is None:
-        encodings = guide.prepare_rows(sequences)
+        with CompiledNetworks(run):
+            encodings = guide.prepare_rows(sequences)
         if stop - start + 1 < sequences.num_steps:
             encodings = map_state(lambda leaf: leaf[:, start - 1:stop], encodings)
     running = packed.counts[start - 1]
