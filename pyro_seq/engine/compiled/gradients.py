@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -158,8 +158,8 @@ class Weights:
         """Names of what the result is linear in."""
         self.known: dict[int, Callable[..., Any] | None] = {}
 
-    def __call__(self, run: Run, values: dict[str, Tensor], counts: list[int]) -> list[Tensor | None]:
-        """:param values: by name, stacked, ``(T, rows, ...)``."""
+    def __call__(self, run: Run, values: Mapping[str, Sequence[Tensor] | Tensor], counts: list[int]) -> list[Tensor | None]:
+        """:param values: by name, of each step ``(rows, ...)``."""
         names = self.joint.parts.for_weights
         live = {name: run.live[self.joint.graph.live[index]].detach() for name, index in self.live.items()}
         total = sum(counts)
@@ -207,11 +207,11 @@ class Weights:
         return self.known[rows]
 
 
-def running_rows(value: Tensor, counts: list[int], rows: int) -> Tensor:
-    """``(T, rows, ...)`` as the running rows of one step after the other."""
+def running_rows(value: Sequence[Tensor] | Tensor, counts: list[int], rows: int) -> Tensor:
+    """Of steps ``(rows, ...)`` each, the running rows of one after the other."""
     if min(counts) == rows:
-        return value[:len(counts)].flatten(0, 1)
-    return torch.cat([value[place, :count] for place, count in enumerate(counts)])
+        return value[:len(counts)].flatten(0, 1) if isinstance(value, Tensor) else torch.cat(value[:len(counts)])
+    return torch.cat([value[place][:count] for place, count in enumerate(counts)])
 
 
 OWN_NOISE = "own noise"

@@ -6,7 +6,7 @@ before, and what the parameters' gradients need is left where it lies: they are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -51,78 +51,68 @@ class _Steps:
         if self.learning:
             self.joint: Joint | None = joint_of(run, fn, plan, inputs, wanted)
             graph, module, self.plan = self.joint.graph, self.joint.parts.forward, self.joint.plan
-            self.found = self.joint.outputs - width
+            self.outputs = self.joint.outputs
         else:
             self.joint = None
             graph, self.plan = run.traced(fn, plan, [value.detach() for value in inputs])
             module = graph.module
-            self.found = len(module.graph.output_node().args[0]) - width
+            self.outputs = len(module.graph.output_node().args[0])
         self.noise, self.live, self.random = graph.noise, graph.live, graph.random
+        self.results = len(module.graph.output_node().args[0])
+        """Of each step: what it gives, the state after it first, and what the way back needs."""
         # Steps beyond the end would draw what comes after it.
         self.steps = 1 if one_by_one or graph.random else max(1, min(_MOST, _NODES // len(module.graph.nodes)))
+        state, given = [value.detach() for value in inputs[:width]], [value.detach() for value in inputs[width:]]
         live = [run.live[index].detach() for index in self.live]
-        stacks = [value[None].expand(self.steps, *value.shape).contiguous() for value in inputs[width:]]
-        noise = [torch.zeros((self.steps, *part.shape), dtype=part.dtype, device=part.device) for part in self.noise]
-        built = chain.forward(module, self.steps, width, len(stacks), len(live))
-        state = [value.detach() for value in inputs[:width]]
-        self.forward = run.compiler.build(built, [*state, *stacks, *live, *noise])
+        noise = [torch.zeros(part.shape, dtype=part.dtype, device=part.device) for part in self.noise]
+        built = chain.forward(module, self.steps, width, len(given), len(live))
+        examples = [*state, *live, *[*given, *noise] * self.steps]
+        self.forward = run.compiler.build(built, examples)
         if self.joint is not None:
             with torch.no_grad():
-                results = self.forward(*state, *stacks, *live, *noise)
-            self._build_backward(run, results, stacks, live, noise)
+                results = self.by_step(self.forward(*examples))
+            states = [state, *[step[:width] for step in results]]
+            self._build_backward(run, live, [[*before, *given, *noise, *step[self.outputs:]]
+                                             for before, step in zip(states, results, strict=False)], results[0])
             self.weights = Weights(run, fn, plan, inputs, wanted, self.joint)
 
-    def _build_backward(self, run: Run, results: list[Tensor], stacks: list[Tensor], live: list[Tensor], noise: list[Tensor]
-                        ) -> None:
+    def _build_backward(self, run: Run, live: list[Tensor], values: list[list[Tensor]], found: list[Tensor]) -> None:
+        """:param values: of each step, by :attr:`names`."""
         joint, width = self.joint, self.width
+        inputs = len(self.wanted)
+        self.names = [*joint.names[:inputs], *joint.names[inputs + len(live):inputs + len(live) + len(values[0]) - inputs]]
+        """Of the state before a step, inputs, noise and saved values."""
         self.floating = [place for place in range(width) if self.wanted[place]]
-        gradients = dict(zip(joint.differentiable, joint.gradients, strict=True))
+        self.gradients = dict(zip(joint.differentiable, joint.gradients, strict=True))
         self.of_found = [place for place in joint.differentiable if place >= width]
-        self.kept = [leaf for leaf, place in enumerate(self.floating) if gradients.get(place) in joint.parts.for_weights]
+        self.kept = [leaf for leaf, place in enumerate(self.floating) if self.gradients.get(place) in joint.parts.for_weights]
         built = chain.backward(
-            joint.parts.states, self.steps, joint.names[len(self.wanted):len(self.wanted) + len(self.live)],
-            [gradients.get(place) for place in self.floating], [gradients[place] for place in self.of_found],
+            joint.parts.states, self.steps, joint.names[inputs:inputs + len(live)],
+            [self.gradients.get(place) for place in self.floating], [self.gradients[place] for place in self.of_found],
             len(joint.parts.deltas), self.kept)
         self.reached = built.reached
-        places = {name: index for index, name in enumerate(joint.names)}
-        self.needed_live = [places[name] - len(self.wanted) for name in built.live]
-        # Stacked values in the order of names: states before, inputs, (live), noise, saved.
-        self.needed = [places[name] - (len(live) if places[name] >= len(self.wanted) else 0) for name in built.values]
-        values = self.stacked(results, stacks, noise)
-        before, found = results[width:2 * width], results[2 * width:2 * width + self.found]
-        examples = [
-            *[torch.zeros_like(results[place]).contiguous() for place in self.floating],
-            torch.ones(self.steps, self.rows, dtype=torch.bool, device=results[0].device),
-            *[live[index] for index in self.needed_live], *[values[index].contiguous() for index in self.needed],
-            *[zeros(found[place - width]) for place in self.of_found], *[zeros(before[place]) for place in self.floating]]
+        self.needed = [self.names.index(name) for name in built.values]
+        self.needed_live = [joint.names.index(name) - inputs for name in built.live]
+        running = torch.ones(self.rows, dtype=torch.bool, device=found[0].device)
+        adjoint = [zeros(values[0][place]) for place in self.floating]
+        examples = [*adjoint, *[live[index] for index in self.needed_live]]
+        for step in values:
+            examples += [running, *[step[index] for index in self.needed], *[zeros(found[place]) for place in self.of_found],
+                         *adjoint]
         self.backward = run.compiler.build(built.module, examples)
 
-    def stacked(self, results: list[Tensor], stacks: list[Tensor], noise: list[Tensor]) -> list[Tensor]:
-        """States before, inputs, noise and saved values of some steps."""
-        return [*results[self.width:2 * self.width], *stacks, *noise, *results[2 * self.width + self.found:]]
+    def by_step(self, results: list[Tensor]) -> list[list[Tensor]]:
+        """The results of a call of :attr:`forward`."""
+        return [list(results[start:start + self.results]) for start in range(0, len(results), self.results)]
 
-    def by_name(self, values: list[Tensor], by_found: list[Tensor], last: list[Tensor]) -> dict[str, Tensor]:
-        """Stacked values by name: those of :meth:`stacked`, gradients by what was found, deltas, gradients by states after."""
-        joint, first = self.joint, len(self.wanted)
-        gradients = dict(zip(joint.differentiable, joint.gradients, strict=True))
-        names = [*joint.names[:first], *joint.names[first + len(self.live):first + len(self.live) + len(values) - first],
-                 *(gradients[place] for place in self.of_found), *joint.parts.deltas,
-                 *(gradients[self.floating[leaf]] for leaf in self.kept)]
-        return dict(zip(names, [*values, *by_found, *last], strict=True))
-
-    def draw(self, counts: list[int]) -> list[list[Tensor]]:
-        """The noise of all steps, stacked for each call, drawn in the order in which the steps draw it."""
-        calls = []
-        for start in range(0, len(counts), self.steps):
-            part = counts[start:start + self.steps]
-            whole = len(part) == self.steps and min(part) == self.rows
-            made = torch.empty if whole else torch.zeros
-            stacks = [made((self.steps, *noise.shape), dtype=noise.dtype, device=noise.device) for noise in self.noise]
-            calls.append(stacks)
-            for place, count in enumerate(part):
-                for noise, stack in zip(self.noise, stacks, strict=True):
-                    noise.fill(stack[place] if count == self.rows else stack[place, :count])
-        return calls
+    def draw(self, counts: list[int]) -> list[Tensor]:
+        """The noise of so many steps ``(T, ...)``, drawn in the order in which the steps draw it."""
+        made = torch.empty if min(counts) == self.rows else torch.zeros
+        drawn = [made((len(counts), *noise.shape), dtype=noise.dtype, device=noise.device) for noise in self.noise]
+        for place, count in enumerate(counts):
+            for noise, stack in zip(self.noise, drawn, strict=True):
+                noise.fill(stack[place] if count == self.rows else stack[place, :count])
+        return drawn
 
 
 class _Job(NamedTuple):
@@ -178,10 +168,13 @@ def roll(run: Run, name: str, fn: Callable[..., Any], state: Any, inputs: Any, c
 class _Walked(NamedTuple):
     """What the way back needs."""
 
-    values: list[Tensor]
-    """Stacked values of all steps, ``(T, rows, ...)``; of a last call that goes beyond the end, more of them."""
+    values: list[list[Tensor]]
+    """Of each step, by :attr:`_Steps.names`; of a last call that goes beyond the end, of more steps than there are."""
+    whole: list[Tensor]
+    """Inputs and noise, of all steps ``(T, rows, ...)``."""
     selected: list[Tensor | None]
     found: list[Tensor]
+    """Of a step."""
 
 
 def _walk(job: _Job, state: list[Tensor]) -> tuple[list[Tensor], _Walked]:
@@ -189,63 +182,42 @@ def _walk(job: _Job, state: list[Tensor]) -> tuple[list[Tensor], _Walked]:
     steps, counts, size = job.steps, job.counts, job.steps.steps
     width, total = steps.width, len(counts)
     live = [job.run.live[index] for index in steps.live]
-    noise = None if job.select else steps.draw(counts)
-    calls, noises, selected = [], [], []
-    for call, start in enumerate(range(0, total, size)):
+    whole = [*job.inputs, *(steps.draw(counts) if job.select is None else [])]
+    given = [list(values) for values in zip(*[value.unbind(0) for value in whole], strict=True)] if whole else [[]] * total
+    before, after, selected = [], [], []
+    for start in range(0, total, size):
         if job.select is not None:
-            last = calls[-1] if calls else None
-            chosen = job.select(start, None if last is None else [
-                *last[:width], *[value[0] for value in last[2 * width:2 * width + steps.found]]])
+            chosen = job.select(start, after[-1][:steps.outputs] if after else None)
             selected.append(chosen)
             if chosen is not None:
                 state = [value.index_select(0, chosen) for value in state]
-        drawn = steps.draw(counts[start:start + 1])[0] if noise is None else noise[call]
-        results = steps.forward(*state, *[_part(value, start, size) for value in job.inputs], *live, *drawn)
-        calls.append(results)
-        noises.append(drawn)
-        state = [value.contiguous() for value in results[:width]]
-    joined = _all_joined(list(zip(*calls, strict=True))[width:])
-    last = state if total % size == 0 else [value[total] for value in joined[:width]]
-    flat = [running_rows(value, counts, steps.rows) for value in joined[:width + steps.found]]
-    walked = _Walked([], selected, joined[width:width + steps.found])
-    if steps.learning:
-        inputs = [value if total % size == 0 else _joined([_part(value, start, size) for start in range(0, total, size)])
-                  for value in job.inputs]
-        walked = walked._replace(values=[*joined[:width], *inputs, *map(_joined, zip(*noises, strict=True)),
-                                         *joined[width + steps.found:]])
-    return [*flat[:width], *last, *flat[width:]], walked
+            given[start] = [*given[start], *[value[0] for value in steps.draw(counts[start:start + 1])]]
+        # Beyond the end, the last step again.
+        now = [value for t in range(start, start + size) for value in given[min(t, total - 1)]]
+        results = steps.by_step(steps.forward(*state, *live, *now))
+        before += [state, *[step[:width] for step in results[:-1]]]
+        after += results
+        state = [value.contiguous() for value in results[-1][:width]]
+    flat = [running_rows([step[place] for step in before], counts, steps.rows) for place in range(width)]
+    flat += [running_rows([step[place] for step in after], counts, steps.rows) for place in range(width, steps.outputs)]
+    last = [value.clone() for value in after[total - 1][:width]]
+    values = [[*then, *given[min(t, total - 1)], *step[steps.outputs:]]
+              for t, (then, step) in enumerate(zip(before, after, strict=True))] if steps.learning else []
+    return [*flat[:width], *last, *flat[width:]], _Walked(values, whole, selected, after[0][:steps.outputs])
 
 
-def _part(value: Tensor, start: int, size: int) -> Tensor:
-    """Some steps; beyond the end, the last one again."""
-    part = value[start:start + size]
-    return part if part.shape[0] == size else torch.cat([part, part[-1:].expand(size - part.shape[0], *part.shape[1:])])
-
-
-def _all_joined(stacks: list[Any]) -> list[Tensor]:
-    """What several calls gave, joined; what is the same is joined once."""
-    known: dict[int, Tensor] = {}
-    for parts in stacks:
-        if id(parts[0]) not in known:
-            known[id(parts[0])] = _joined(parts)
-    return [known[id(parts[0])] for parts in stacks]
-
-
-def _joined(parts: Any) -> Tensor:
-    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
-
-
-def _by_step(value: Tensor, counts: list[int], shape: torch.Size) -> Tensor:
-    """The reverse, with zeros for the rest."""
-    if value.numel() == shape.numel():
-        return value.reshape(shape)
-    out = value.new_zeros(shape)
-    if min(counts) == shape[1]:
-        out[:len(counts)] = value.reshape(len(counts), *shape[1:])
+def _by_step(value: Tensor | None, counts: list[int], like: Tensor, total: int) -> Sequence[Tensor]:
+    """From running rows to each step's, with zeros for the rest."""
+    if value is None:
+        return [zeros(like)] * total
+    shape = (len(counts), *like.shape)
+    if value.shape[0] == shape[0] * shape[1]:
+        found = value.contiguous().view(shape)
     else:
+        found = value.new_zeros(shape)
         for place, part in enumerate(value.split(counts)):
-            out[place, :counts[place]] = part
-    return out
+            found[place, :counts[place]] = part
+    return [*found.unbind(0), *[zeros(like)] * (total - len(counts))]
 
 
 class _Rolled(torch.autograd.Function):
@@ -267,32 +239,31 @@ class _Rolled(torch.autograd.Function):
         ctx.walked = None
         if walked is None:
             raise RuntimeError(TWICE)
-        counts, size, rows = job.counts, steps.steps, steps.rows
-        total = -(-len(counts) // size) * size
-        live = [job.run.live[index] for index in steps.live]
-
-        def stacked(gradient: Tensor | None, like: Tensor) -> Tensor:
-            shape = torch.Size((total, *like.shape[1:]))
-            return like.new_zeros(shape) if gradient is None else _by_step(gradient.contiguous(), counts, shape)
-
-        by_found = [stacked(gradients[width + place], walked.found[place - width]) for place in steps.of_found]
-        direct = [stacked(gradients[place], walked.values[place]) for place in steps.floating]
-        running = torch.arange(rows, device=walked.values[0].device) < torch.tensor(
-            [*counts, *[0] * (total - len(counts))], device=walked.values[0].device)[:, None]
-        adjoint = [torch.zeros_like(part[0]) for part in direct]
-        needed = [walked.values[index] for index in steps.needed]
-        shared = [live[index] for index in steps.needed_live]
-        calls: list[list[Tensor]] = []
+        counts, size, rows, values = job.counts, steps.steps, steps.rows, walked.values
+        device, total = walked.found[0].device, len(values)
+        by_found = [_by_step(gradients[width + place], counts, walked.found[place], total) for place in steps.of_found]
+        direct = [_by_step(gradients[place], counts, values[0][place], total) for place in steps.floating]
+        running = (torch.arange(rows, device=device) < torch.tensor([*counts, *[0] * (total - len(counts))], device=device)[
+            :, None]).unbind(0)
+        shared = [job.run.live[steps.live[index]] for index in steps.needed_live]
+        adjoint = [zeros(values[0][place]) for place in steps.floating]
+        found: list[list[Tensor]] = []
         for start in reversed(range(0, total, size)):
-            part = slice(start, start + size)
-            found = steps.backward(*adjoint, running[part], *shared, *[value[part] for value in needed],
-                                   *[value[part] for value in by_found], *[value[part] for value in direct])
-            adjoint = [value.contiguous() for value in found[:len(adjoint)]]
+            now = [value for t in range(start, start + size) for value in (
+                running[t], *[values[t][index] for index in steps.needed], *[part[t] for part in by_found],
+                *[part[t] for part in direct])]
+            results = steps.backward(*adjoint, *shared, *now)
+            first, each = len(adjoint), (len(results) - len(adjoint)) // size
+            adjoint = [value.contiguous() for value in results[:first]]
             if walked.selected and walked.selected[start] is not None:
                 adjoint = [torch.zeros_like(value).index_add_(0, walked.selected[start], value) for value in adjoint]
-            calls.append(found[len(adjoint):])
-        joined = _all_joined(list(zip(*reversed(calls), strict=True)))
-        others = iter(joined)
-        inputs = [next(others)[:len(counts)] if reached else None for reached in steps.reached]
-        weights = steps.weights(job.run, steps.by_name(walked.values, by_found, list(others)), counts)
-        return None, None, *adjoint, *inputs, *weights
+            found[:0] = [list(results[first + place * each:first + (place + 1) * each]) for place in range(size)]
+        by_place = [list(parts) for parts in zip(*found[:len(counts)], strict=True)]
+        inputs = [torch.stack(by_place[sum(steps.reached[:place])]) if reached else None
+                  for place, reached in enumerate(steps.reached)]
+        names = [*(steps.gradients[place] for place in steps.of_found), *steps.joint.parts.deltas,
+                 *(steps.gradients[steps.floating[leaf]] for leaf in steps.kept)]
+        by_name = dict(zip(names, [*by_found, *by_place[sum(steps.reached):]], strict=True))
+        by_name.update((name, [step[index] for step in values]) for index, name in enumerate(steps.names))
+        by_name.update(zip(steps.names[width:], walked.whole, strict=False))
+        return None, None, *adjoint, *inputs, *steps.weights(job.run, by_name, counts)
