@@ -191,3 +191,6 @@ def test_large_linear_maps(monkeypatch):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
     ours, theirs = (torch.autograd.grad(value, (inputs, weight, bias), upstream) for value in (found, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+    twice = [torch.autograd.grad(torch.autograd.grad(value.square().sum(), weight, create_graph=True)[0].square().sum(), inputs)
+             for value in (products.linear(inputs, weight, bias), nn.functional.linear(inputs, weight, bias))]
+    torch.testing.assert_close(*twice, rtol=1e-4, atol=1e-4 * twice[1][0].abs().max().item())

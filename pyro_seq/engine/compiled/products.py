@@ -64,17 +64,18 @@ class _Linear(torch.autograd.Function):
         return torch.ops.pyro_seq.product(inputs, weight.t(), bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
         of_inputs, of_weight, of_bias = ctx.needs_input_grad
-        return (torch.ops.pyro_seq.product(gradient, weight, None) if of_inputs else None,
-                torch.ops.pyro_seq.product(gradient.t().contiguous(), inputs, None) if of_weight else None,
+        # Where a derivative of the derivative may be asked for, by operators that have one.
+        product = torch.mm if torch.is_grad_enabled() else lambda left, right: torch.ops.pyro_seq.product(left, right, None)
+        return (product(gradient, weight) if of_inputs else None,
+                product(gradient.t().contiguous(), inputs) if of_weight else None,
                 gradient.sum(0) if of_bias else None)
 
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """:func:`torch.nn.functional.linear`, by the faster product; it can be differentiated once."""
+    """:func:`torch.nn.functional.linear`, by the faster product."""
     flat = inputs.reshape(-1, inputs.shape[-1])
     if (inputs.device.type == "cpu" and {inputs.dtype, weight.dtype} == {torch.float32} and weight.dim() == 2
             and not torch.is_autocast_enabled("cpu") and flat.shape[0] * weight.numel() >= _LARGE and faster()):
