@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -170,7 +170,10 @@ def own_parameters(*modules: SequentialModule | None) -> Iterator[None]:
     state = store.get_state()
     own = {name for module in modules if module is not None for name in module.store_names()}
     kept = {what: {name: value for name, value in values.items() if name not in own} for what, values in state.items()}
-    with store.scope(kept), outside_inference_mode():
+    # A module that was made in inference mode cannot leave it.
+    made = torch.is_inference_mode_enabled() and any(
+        value.is_inference() for module in modules if module is not None for value in module.parameters())
+    with store.scope(kept), nullcontext() if made else outside_inference_mode():
         yield
 
 

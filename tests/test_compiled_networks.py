@@ -5,12 +5,14 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils.checkpoint import checkpoint
 
 import pyro_seq as seq
 from pyro_seq.engine.compiled import products, recurrence
 from pyro_seq.engine.compiled.compiler import Compiler
-from pyro_seq.engine.compiled.recurrence import CompiledNetworks
+from pyro_seq.engine.compiled.recurrence import CompiledNetworks, encoded
 
 NETWORKS = {
     "gru": lambda: nn.GRU(3, 4, batch_first=True),
@@ -194,3 +196,84 @@ def test_large_linear_maps(monkeypatch):
     twice = [torch.autograd.grad(torch.autograd.grad(value.square().sum(), weight, create_graph=True)[0].square().sum(), inputs)
              for value in (products.linear(inputs, weight, bias), nn.functional.linear(inputs, weight, bias))]
     torch.testing.assert_close(*twice, rtol=1e-4, atol=1e-4 * twice[1][0].abs().max().item())
+
+
+def test_linear_maps_that_are_left_to_torch(monkeypatch):
+    """Biases that broadcast, no inputs, other names of arguments, other types."""
+    monkeypatch.setattr(products, "faster", lambda: True)
+    inputs, weight = torch.randn(4, 40, 256, dtype=torch.float32), torch.randn(128, 256, dtype=torch.float32)
+    for bias in (torch.randn(()), torch.randn(1), torch.randn(1, 128), torch.randn(128)):
+        bias = bias.float()
+        torch.testing.assert_close(products.linear(input=inputs, weight=weight, bias=bias),
+                                   functional.linear(inputs, weight, bias), rtol=1e-5, atol=1e-4)
+    assert products.linear(inputs[..., :0], weight[:, :0]).shape == (4, 40, 128)
+    with pytest.raises(RuntimeError):
+        products.linear(inputs, weight[:, :3])
+    with pytest.raises(RuntimeError):
+        products.linear(inputs, weight.double())
+
+
+def by_checkpoint(guide, inputs):
+    return checkpoint(lambda x: guide.network(x)[0], inputs, use_reentrant=False)
+
+
+def with_own_gradient(guide, inputs):
+    with torch.enable_grad():
+        inputs = inputs.detach().requires_grad_()
+        hidden = guide.network(inputs)[0]
+        return hidden + torch.autograd.grad(hidden.sum(), inputs, create_graph=True)[0].sum(-1, keepdim=True)
+
+
+def by_transform(guide, inputs):
+    return torch.func.grad(lambda x: guide.network(x)[0].sum())(inputs)
+
+
+@pytest.mark.parametrize("way", [by_checkpoint, with_own_gradient, by_transform])
+def test_gradients_within_an_encoder_are_left_to_torch(way, monkeypatch):
+    done, compiler = counted(monkeypatch), Compiler("test")
+    guide, inputs = Holder(Level(), nn.RNN(3, 4, batch_first=True)), torch.randn(2, 4, 3)
+
+    def gradients(found):
+        return found, torch.autograd.grad(found.square().sum(), list(guide.network.parameters()), allow_unused=True)
+
+    written = guide.within(lambda: gradients(way(guide, inputs)))
+    for _ in range(2):
+        compiled = guide.within(lambda: gradients(encoded(compiler.run(guide), lambda: way(guide, inputs), inputs.device)))
+        torch.testing.assert_close(compiled, written, rtol=1e-10, atol=1e-12)
+    assert len(done) == (way is with_own_gradient)  # until it was known
+
+
+class Hooked(Level):
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(0.5))
+        self.factor.register_hook(lambda gradient: 3 * gradient)
+
+    def transition(self, z):
+        return pyro.sample("z", dist.Normal(self.factor * z, 0.5))
+
+
+def test_hooks_on_gradients_run_once():
+    model, x = Hooked(), torch.randn(3, 4)
+    guide, found = Holder(model, nn.Linear(1, 1)), []
+    for compile in (False, True):
+        loss = seq.SequentialELBO(compile=compile)
+        for _ in range(3):
+            model.zero_grad()
+            pyro.set_rng_seed(1)
+            loss.loss_and_grads(model, guide, x)
+        found.append(model.factor.grad.clone())
+    torch.testing.assert_close(*found, rtol=1e-10, atol=0)
+
+
+@pytest.mark.slow
+def test_fivo_where_sequences_end_at_once():
+    model, x = Level(), torch.randn(3, 4)
+    guide = Holder(model, nn.Linear(1, 1))
+    losses = seq.FIVO(3, 1.0), seq.FIVO(3, 1.0, compile=True)
+    for lengths in ([4, 4, 4], [4, 1, 1], [4, 4, 1], [4, 1, 1]):
+        found = []
+        for loss in losses:
+            pyro.set_rng_seed(1)
+            found.append(loss.loss_and_grads(model, guide, x, lengths))
+        assert found[0] == pytest.approx(found[1], rel=1e-10)

@@ -78,3 +78,14 @@ def test_data_of_inference_mode_can_be_learned_from():
     guide = seq.FilteringGuide(model, like=x, hidden=4)
     seq.SequentialELBO().differentiable_loss(model, guide, x).backward()
     assert all(p.grad is not None for p in guide.parameters())
+
+
+def test_a_model_made_in_inference_mode():
+    model = level()
+    with torch.inference_mode():
+        made = level()
+        made.weight = torch.nn.Parameter(torch.ones(()))
+        x = made.simulate([5])["x"]
+        found = seq.KalmanFilter(made).run(x).log_evidence
+        assert seq.ParticleFilter(made, 20).run(x).log_evidence.isfinite().all()
+    torch.testing.assert_close(found, seq.KalmanFilter(model).run(x).log_evidence)

@@ -91,6 +91,7 @@ def test_it_holds_nothing_of_the_past():
     (lambda s: {**s, "sums": None}, "sums are NoneType"),
     (lambda s: {**s, "values": {}}, r"values are of \[\], and the latents are \['z'\]"),
     (lambda s: {**s, "values": {"z": s["values"]["z"][:7]}}, r"values\['z'\] is \(7,\), torch.float64; it has 2 \* 30 rows"),
+    (lambda s: {**s, "values": {"z": torch.full_like(s["values"]["z"], torch.nan)}}, r"values\['z'\] are NaN or infinite"),
     (lambda s: {**s, "num_backward": 3}, "num_backward 3, and this one has 2"),
     (lambda s: {**s, "backward": "rejection"}, "backward 'rejection', and this one has 'exact'"),
     (lambda s: {**s, "filter": "ParticleFilter"}, "filter 'ParticleFilter', and this one has 'Paris'"),

@@ -210,8 +210,7 @@ class SequenceLoss(ELBO):
             begun, (state, encoder) = True, window.state
             window = window._replace(state=state)
         if begun and window.stop - window.start + 1 < sequences.num_steps:
-            with compiled.compiled_networks(self.compiler, model, guide):
-                found = guide.window_rows(sequences, window.start, window.stop, encoder)
+            found = compiled.window_rows(self.compiler, model, guide, sequences, window, encoder)
             if found is not None:
                 encodings, encoder = found
                 window = window._replace(encodings=encodings)

@@ -99,10 +99,18 @@ class Run:
     @contextmanager
     def leaves(self) -> Iterator[list[Tensor]]:
         """The live tensors, and the modules entered with them, those that were computed before the step without what they were
-        computed from: their gradients are asked for, and go on from there by themselves."""
+        computed from: their gradients are asked for, and go on from there by themselves. So do gradients with hooks, which are
+        taken off meanwhile."""
         known = {id(value): value.detach().requires_grad_() for value in self.live if value.requires_grad and not value.is_leaf}
-        with self.reads.enter(self.entered, known):
-            yield [known.get(id(value), value) for value in self.live]
+        hooked = [(value, value._backward_hooks) for value in self.live if value.is_leaf and value._backward_hooks]
+        try:
+            for value, _ in hooked:
+                value._backward_hooks = None
+            with self.reads.enter(self.entered, known):
+                yield [known.get(id(value), value) for value in self.live]
+        finally:
+            for value, hooks in hooked:
+                value._backward_hooks = hooks
 
     def unchanged(self) -> bool:
         """Whether the Python values are still those that the run began with."""

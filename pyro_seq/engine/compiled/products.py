@@ -29,7 +29,8 @@ def use_faster_products(module: fx.GraphModule) -> None:
             continue
         a, b = left.meta["val"], right.meta["val"]
         large = a.shape[0] * a.shape[1] * b.shape[1] >= _LARGE
-        if not large or a.dtype != torch.float32 or a.device.type != "cpu" or bias is not None and bias.meta["val"].dim() != 1:
+        broadcast = bias is not None and bias.meta["val"].shape != b.shape[1:]
+        if not large or a.dtype != torch.float32 or a.device.type != "cpu" or broadcast:
             continue
         if not faster():
             return
@@ -74,13 +75,15 @@ class _Linear(torch.autograd.Function):
                 gradient.sum(0) if of_bias else None)
 
 
-def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """:func:`torch.nn.functional.linear`, by the faster product."""
-    flat = inputs.reshape(-1, inputs.shape[-1])
-    if (inputs.device.type == "cpu" and {inputs.dtype, weight.dtype} == {torch.float32} and weight.dim() == 2
-            and not torch.is_autocast_enabled("cpu") and flat.shape[0] * weight.numel() >= _LARGE and faster()):
-        return _Linear.apply(flat, weight, bias).reshape(*inputs.shape[:-1], -1)
-    return torch.nn.functional.linear(inputs, weight, bias)
+    plain = all(value.device.type == "cpu" and value.dtype == torch.float32 for value in (input, weight)) and (
+        weight.dim() == 2 and input.dim() > 0 and input.shape[-1] == weight.shape[1] > 0
+        and (bias is None or bias.dtype == torch.float32 and bias.shape == weight.shape[:1])
+        and not torch.is_autocast_enabled("cpu"))
+    if not plain or input.numel() * weight.shape[0] < _LARGE or not faster():
+        return torch.nn.functional.linear(input, weight, bias)
+    return _Linear.apply(input.reshape(-1, input.shape[-1]), weight, bias).reshape(*input.shape[:-1], -1)
 
 
 @cache
@@ -88,7 +91,7 @@ def faster() -> bool:
     """Whether oneDNN multiplies large matrices faster here, by a third or more: a trial of a few milliseconds."""
     if not torch.backends.mkldnn.is_available():
         return False
-    a, w = torch.ones(1024, 256), torch.ones(256, 256)
+    a, w = (torch.ones(rows, 256, dtype=torch.float32, device="cpu") for rows in (1024, 256))
     return _seconds(lambda: torch.ops.pyro_seq.product(a, w, None)) * 4 < _seconds(lambda: a @ w) * 3
 
 

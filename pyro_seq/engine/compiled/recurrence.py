@@ -6,6 +6,7 @@ and at each step a product for the gradient of the weights. Here the steps are c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,11 +16,32 @@ from torch.overrides import TorchFunctionMode
 from pyro_seq.engine.compiled.compiler import Run
 from pyro_seq.engine.compiled.products import linear
 from pyro_seq.engine.compiled.rollout import roll
+from pyro_seq.engine.generators import generator_states, set_generators
 
-__all__ = ["CompiledNetworks"]
+__all__ = ["CompiledNetworks", "encoded"]
 
 _KINDS = {torch.gru: "gru", torch.lstm: "lstm", torch.rnn_tanh: "tanh", torch.rnn_relu: "relu"}
-_NAME = "the recurrent network"
+_DERIVATIVES = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
+_OWN_GRADIENTS = "own gradients"
+"""What a guide is declined for that takes gradients while it encodes."""
+
+
+def encoded(run: Run, fn: Callable[[], Any], device: torch.device) -> Any:
+    """What a guide encodes, ``fn()``, on ``device``, with compiled networks where that makes no difference."""
+    if run.declined(_OWN_GRADIENTS):
+        return fn()
+    generators = generator_states(device)
+    try:
+        with CompiledNetworks(run):
+            return fn()
+    except _Differentiated:
+        run.decline(_OWN_GRADIENTS)
+        set_generators(generators, device)
+        return fn()
+
+
+class _Differentiated(Exception):
+    """A derivative is taken, and compiled networks have one once."""
 
 
 class CompiledNetworks(TorchFunctionMode):
@@ -33,9 +55,11 @@ class CompiledNetworks(TorchFunctionMode):
         self.places = {id(value): place for place, value in enumerate(run.live) if value.is_leaf}
 
     def __torch_function__(self, fn: Any, kinds: Any, arguments: Any = (), keywords: Any = None) -> Any:
-        if fn is nn.functional.linear:
+        if fn in _DERIVATIVES:
+            raise _Differentiated
+        if fn is nn.functional.linear and not _is_watched():
             return linear(*arguments, **(keywords or {}))
-        if fn in _KINDS and not keywords and self.can_run(*arguments):
+        if fn in _KINDS and not keywords and not _is_watched() and self.can_run(*arguments):
             found = self.network(_KINDS[fn], *arguments)
             if found is not None:
                 return found
@@ -76,23 +100,35 @@ class CompiledNetworks(TorchFunctionMode):
               ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
         """:returns: the outputs ``(T, B, hidden)``, and the state after the last step."""
         steps, batch = inputs.shape[:2]
-        size = self.run.size(_NAME, batch)
+        places = tuple(self.places[id(value)] for value in weights[1::2])
+        name = f"layer {self.cell.numbers.setdefault(places, len(self.cell.numbers) + 1)} of the recurrent networks"
+        size = self.run.size(name, batch)
         known = linear(inputs, weights[0], *weights[2:3])
         if batch < size:
             known = torch.cat([known, known[:, :1].expand(steps, size - batch, -1)], 1)
             start = tuple(torch.cat([value, value[:1].expand(size - batch, -1)]) for value in start)
-        places = tuple(self.places[id(value)] for value in weights[1::2])
-        rolled = roll(self.run, _NAME, self.cell, start, (known, kind, places), [size] * steps)
+        rolled = roll(self.run, name, self.cell, start, (known, kind, places), [size] * steps)
         if rolled is None:
             return None
         states = tuple(value.reshape(steps, size, -1)[:, :batch] for value in rolled.found)
         return states[0], tuple(value[-1] for value in states)
 
 
+def _is_watched() -> bool:
+    """Whether something stands around that compiled code knows nothing of: transforms of functions (``torch.func``), hooks on
+    the tensors that are kept for gradients (``torch.utils.checkpoint``)."""
+    return (torch._C._functorch.peek_interpreter_stack() is not None
+            or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None)
+
+
 class _Cell:
     """One step of a recurrent network."""
 
     live: list[Tensor]
+
+    def __init__(self) -> None:
+        self.numbers: dict[tuple[int, ...], int] = {}
+        """By its weights' places, the number of a layer, which is compiled apart."""
 
     def __call__(self, state: tuple[Tensor, ...], known: Tensor, kind: str, places: tuple[int, ...]
                  ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

@@ -129,7 +129,7 @@ def roll(run: Run, name: str, fn: Callable[..., Any], state: Any, inputs: Any, c
          ) -> Rollout | None:
     """``state, found = fn(state, *arguments)`` for one step after the other.
 
-    :param state: of as many rows as the first step has.
+    :param state: of as many rows as the first step has, or more.
     :param inputs: a tuple of the steps' arguments, their tensors ``(T, rows, ...)``: those of sequences that have ended are run
         on, and not looked at.
     :param counts: how many rows run at each step.
@@ -142,9 +142,10 @@ def roll(run: Run, name: str, fn: Callable[..., Any], state: Any, inputs: Any, c
     given: list[Tensor] = []
     plan = (tuple, (state_plan, *take_apart(inputs, given)[1]))
     given = [value.contiguous() for value in given]
-    learning, rows = torch.is_grad_enabled(), counts[0]
+    learning = torch.is_grad_enabled()
     wanted = [learning and value.is_floating_point() for value in start] + [learning and v.requires_grad for v in given]
     examples = [*start, *[value[0] for value in given]]
+    rows = examples[0].shape[0]
     key = run.key(name, (plan, tuple(wanted), select is None), examples)
     steps = run.look_up(name, key, lambda: _Steps(run, fn, plan, examples, width, wanted, select is not None), True)
     if steps is None or min(counts) < rows and (steps.random or any(

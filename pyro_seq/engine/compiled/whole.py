@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from pyro_seq.engine.compiled.compiler import Compiler, Run
 from pyro_seq.engine.compiled.gradients import OWN_NOISE, call
-from pyro_seq.engine.compiled.recurrence import CompiledNetworks
+from pyro_seq.engine.compiled.recurrence import encoded
 from pyro_seq.engine.compiled.rollout import Rollout, roll
 from pyro_seq.engine.families import apart, rebuilt
 from pyro_seq.engine.generators import generator_states, set_generators
@@ -21,7 +20,7 @@ from pyro_seq.engine.sites import Site, StepSites, check_support
 from pyro_seq.engine.state import State, map_state
 from pyro_seq.sequences import Frame, Packed, Sequences, first_rows, repeat_rows
 
-__all__ = ["Whole", "compiled_networks", "draw_and_score", "draw_and_weigh"]
+__all__ = ["Whole", "draw_and_score", "draw_and_weigh", "window_rows"]
 
 
 class Whole(NamedTuple):
@@ -84,10 +83,14 @@ class Loop(NamedTuple):
         return Whole(terms, map_state(lambda leaf: leaf[:running], rolled.state), sum(parts) if parts else None)
 
 
-def compiled_networks(compiler: Compiler | None, model: Any, guide: Any) -> AbstractContextManager[Any]:
-    """For a guide's encoder: inside, what :class:`CompiledNetworks` does, once the model and the guide have run as written."""
+def window_rows(compiler: Compiler | None, model: Any, guide: Any, sequences: Sequences, window: Window, carry: State) -> Any:
+    """The guide's own, with compiled networks once the model and the guide have run as written."""
     plan = None if compiler is None else compiler.plans.get((model, guide))
-    return nullcontext() if plan is None or plan.seen < 2 else CompiledNetworks(compiler.run(model, guide))
+
+    def rows() -> Any:
+        return guide.window_rows(sequences, window.start, window.stop, carry)
+
+    return rows() if plan is None or plan.seen < 2 else encoded(compiler.run(model, guide), rows, sequences.device)
 
 
 def ready(compiler: Compiler, model: Any, guide: Any, sequences: Sequences, window: Window, num_particles: int) -> Loop | None:
@@ -104,8 +107,7 @@ def ready(compiler: Compiler, model: Any, guide: Any, sequences: Sequences, wind
     run, generators = compiler.run(model, guide), generator_states(sequences.device)
     encodings = window.encodings
     if encodings is None:
-        with CompiledNetworks(run):
-            encodings = guide.prepare_rows(sequences)
+        encodings = encoded(run, lambda: guide.prepare_rows(sequences), sequences.device)
         if stop - start + 1 < sequences.num_steps:
             encodings = map_state(lambda leaf: leaf[:, start - 1:stop], encodings)
     running = packed.counts[start - 1]
@@ -167,14 +169,14 @@ def draw_and_weigh(compiler: Compiler, model: Any, guide: Any, sequences: Sequen
     if state is None:
         state, first = call(loop.run, "the first step", loop.functions.weigh, None, *loop.first())
     begun = int(first is not None)
-    counts = loop.counts(begun, num_particles)
+    counts, rows = loop.counts(begun, num_particles), sequences.packed.counts[window.start - 1] * num_particles
 
     def select(place: int, found: Any) -> Tensor | None:
         found = first if place == 0 else found
         ancestors = between(window.start + begun + place, None if found is None else found["terms"])
         if ancestors is None:
             return None
-        own = torch.arange(counts[0], device=ancestors.device)
+        own = torch.arange(rows, device=ancestors.device)
         chosen = ancestors + torch.arange(len(ancestors), device=ancestors.device)[:, None] * num_particles
         return torch.cat([chosen.reshape(-1), own[chosen.numel():]])
 

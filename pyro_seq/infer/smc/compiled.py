@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from pyro_seq.engine.compiled.compiler import Compiled, Run
 from pyro_seq.engine.compiled.nest import put_together, take_apart
-from pyro_seq.engine.compiled.recurrence import CompiledNetworks
+from pyro_seq.engine.compiled.recurrence import encoded
 from pyro_seq.engine.compiled.trace import Noise
 from pyro_seq.engine.loop import Checked, Step, advance, refuse_scaled, same_latents
 from pyro_seq.engine.sites import Site
@@ -75,8 +75,7 @@ class _Run:
         self.packed, self.particles, self.population = packed, method.num_particles, method.population(guide)
         self.run: Run = method.compiler.run(*((model,) if method.guide is None else (model, guide)))
         self.ragged = packed.counts[-1] < packed.counts[0]
-        with CompiledNetworks(self.run):
-            encodings = guide.prepare_rows(sequences)
+        encodings = encoded(self.run, lambda: guide.prepare_rows(sequences), sequences.device)
         encodings = map_state(lambda leaf: _in_order(packed.sort(leaf).transpose(0, 1)).transpose(0, 1), encodings)
         self.encodings = by_step(encodings, sequences.num_steps)
         self.given = _Given(packed, self.encodings, self.ragged)

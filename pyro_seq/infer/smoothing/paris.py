@@ -215,6 +215,8 @@ class ParisStream(ParticleStream):
         for name, value in values.items():
             if not isinstance(value, Tensor) or value.shape[:1] != (shape.numel(),):
                 raise ValueError(f"values[{name!r}] is {_what(value)}; it has {shape[0]} * {shape[1]} rows")
+            if not bool(value.isfinite().all()):
+                raise ValueError(f"values[{name!r}] are NaN or infinite")
         sites = {name: Site(name, value.clone(), None, None, False, None, 1.0, None) for name, value in values.items()}
         return _Last(Step(None, sites, None, snapshot.state, snapshot.log_weights, None, None), sums.clone())
 
