@@ -4,6 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from models import LocalLevel
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import pyro_seq as seq
 from pyro_seq.engine.compiled import products, recurrence
 from pyro_seq.engine.compiled.compiler import Compiler
-from pyro_seq.engine.compiled.recurrence import CompiledNetworks, encoded
+from pyro_seq.engine.compiled.recurrence import encoded
 
 NETWORKS = {
     "gru": lambda: nn.GRU(3, 4, batch_first=True),
@@ -35,15 +36,8 @@ class Holder(seq.SequentialGuide):
         pyro.sample("z", dist.Normal(x, 1.0))
 
 
-class Level(seq.StateSpaceModel):
-    def initial(self):
-        return pyro.sample("z", dist.Normal(0.0, 1.0))
-
-    def transition(self, z):
-        return pyro.sample("z", dist.Normal(z, 0.5))
-
-    def emission(self, z, x=None):
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+def level():
+    return LocalLevel(0.0, 1.0, 0.25, 1.0)
 
 
 def counted(monkeypatch):
@@ -69,13 +63,7 @@ def results(guide, inputs, start, compiler=None):
         output, last = guide.network(inputs, start)
         return [output, *(last if isinstance(last, tuple) else (last,))]
 
-    if compiler is None:
-        found = guide.within(run)
-    else:
-        def inside():
-            with CompiledNetworks(compiler.run(guide)):
-                return run()
-        found = guide.within(inside)
+    found = guide.within(run if compiler is None else lambda: encoded(compiler.run(guide), run, inputs.device))
     pyro.set_rng_seed(5)
     total = sum((value * torch.randn_like(value)).sum() for value in found)
     return found, torch.autograd.grad(total, [inputs, *guide.network.parameters()])
@@ -84,7 +72,7 @@ def results(guide, inputs, start, compiler=None):
 @pytest.mark.parametrize("name", ["lstm", *(pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS if name != "lstm")])
 def test_networks_and_their_gradients(name, monkeypatch):
     done, compiler = counted(monkeypatch), Compiler("test")
-    guide = Holder(Level(), NETWORKS[name]())
+    guide = Holder(level(), NETWORKS[name]())
     network = guide.network
     directions = network.num_layers * (2 if network.bidirectional else 1)
     for steps in (11, 3):
@@ -99,7 +87,7 @@ def test_networks_and_their_gradients(name, monkeypatch):
 @pytest.mark.slow
 def test_batches_of_other_sizes_are_filled_up(monkeypatch):
     done, compiler = counted(monkeypatch), Compiler("test")
-    guide = Holder(Level(), NETWORKS["gru"]())
+    guide = Holder(level(), NETWORKS["gru"]())
     for batch in (7, 9, 21, 22):
         inputs = torch.randn(batch, 6, 3)
         torch.testing.assert_close(results(guide, inputs, None, compiler), results(guide, inputs, None), rtol=1e-10, atol=1e-12)
@@ -109,15 +97,12 @@ def test_batches_of_other_sizes_are_filled_up(monkeypatch):
 def test_what_is_left_to_torch(monkeypatch):
     """Dropout between layers, projections, packed sequences, and networks that are not the guide's."""
     done, compiler = counted(monkeypatch), Compiler("test")
-    guide, inputs = Holder(Level(), nn.GRU(3, 4, 2, dropout=0.5)), torch.randn(5, 2, 3)
-    projected, stranger = Holder(Level(), nn.LSTM(3, 4, proj_size=2), "projected"), nn.GRU(3, 4)
+    guide, inputs = Holder(level(), nn.GRU(3, 4, 2, dropout=0.5)), torch.randn(5, 2, 3)
+    projected, stranger = Holder(level(), nn.LSTM(3, 4, proj_size=2), "projected"), nn.GRU(3, 4)
 
     def run(guide, fn):
-        def inside():
-            with CompiledNetworks(compiler.run(guide)):
-                return fn()
         pyro.set_rng_seed(2)
-        found = guide.within(inside)
+        found = guide.within(lambda: encoded(compiler.run(guide), fn, inputs.device))
         pyro.set_rng_seed(2)
         torch.testing.assert_close(found, guide.within(fn), rtol=0, atol=0)
 
@@ -155,7 +140,7 @@ GUIDES = {
 @pytest.mark.parametrize("name", GUIDES)
 def test_guides_run_them_compiled(name, monkeypatch):
     """Ragged, also in windows, in training and in a filter."""
-    done, model = counted(monkeypatch), Level()
+    done, model = counted(monkeypatch), level()
     guide, x, lengths = GUIDES[name](model), torch.randn(4, 12), [12, 9, 9, 5]
     for parameter in guide.parameters():
         nn.init.normal_(parameter, std=0.4)
@@ -231,7 +216,7 @@ def by_transform(guide, inputs):
 @pytest.mark.parametrize("way", [by_checkpoint, with_own_gradient, by_transform])
 def test_gradients_within_an_encoder_are_left_to_torch(way, monkeypatch):
     done, compiler = counted(monkeypatch), Compiler("test")
-    guide, inputs = Holder(Level(), nn.RNN(3, 4, batch_first=True)), torch.randn(2, 4, 3)
+    guide, inputs = Holder(level(), nn.RNN(3, 4, batch_first=True)), torch.randn(2, 4, 3)
 
     def gradients(found):
         return found, torch.autograd.grad(found.square().sum(), list(guide.network.parameters()), allow_unused=True)
@@ -243,9 +228,9 @@ def test_gradients_within_an_encoder_are_left_to_torch(way, monkeypatch):
     assert len(done) == (way is with_own_gradient)  # until it was known
 
 
-class Hooked(Level):
+class Hooked(LocalLevel):
     def __init__(self):
-        super().__init__()
+        super().__init__(0.0, 1.0, 0.25, 1.0)
         self.factor = nn.Parameter(torch.tensor(0.5))
         self.factor.register_hook(lambda gradient: 3 * gradient)
 
@@ -268,7 +253,7 @@ def test_hooks_on_gradients_run_once():
 
 @pytest.mark.slow
 def test_fivo_where_sequences_end_at_once():
-    model, x = Level(), torch.randn(3, 4)
+    model, x = level(), torch.randn(3, 4)
     guide = Holder(model, nn.Linear(1, 1))
     losses = seq.FIVO(3, 1.0), seq.FIVO(3, 1.0, compile=True)
     for lengths in ([4, 4, 4], [4, 1, 1], [4, 4, 1], [4, 1, 1]):

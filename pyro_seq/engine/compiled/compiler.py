@@ -14,11 +14,12 @@ from tqdm import tqdm
 
 from pyro_seq.engine.compiled.inductor import compiled
 from pyro_seq.engine.compiled.nest import put_together, take_apart
+from pyro_seq.engine.compiled.padding import rounded
 from pyro_seq.engine.compiled.products import use_faster_products
 from pyro_seq.engine.compiled.reads import Reads
 from pyro_seq.engine.compiled.trace import Graph, Noise, Untraceable, trace, unchanged_generator
 
-__all__ = ["Compiled", "Compiler", "Run", "rounded"]
+__all__ = ["Compiled", "Compiler", "Run"]
 
 _MOST = 16
 """Shapes that one function is compiled for; others run as written."""
@@ -54,7 +55,8 @@ class Compiler:
         self.plans: dict[tuple[Any, ...], Any] = {}
         """By model and guide, what their first steps, run as written, have shown."""
         self.cells: dict[tuple[Any, ...], Any] = {}
-        """By modules, the step of their recurrent networks."""
+        """By modules, the step of their recurrent networks: one for all runs, since a compiled loop traces it again for other
+        numbers of rows."""
         self.declined: set[tuple[Any, ...]] = set()
         """What methods have found not to be for compiled steps."""
 
@@ -203,12 +205,6 @@ class _Key:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Key) and self.call == other.call and (self.state is other.state or self.state == other.state)
-
-
-def rounded(rows: int) -> int:
-    """The next eighth of a power of two."""
-    step = max(1, 2 ** (rows.bit_length() - 4))
-    return -(-rows // step) * step
 
 
 def _form(value: Tensor) -> Hashable:

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from pyro_seq.engine.compiled.compiler import Run, rounded
+from pyro_seq.engine.compiled.compiler import Run
 from pyro_seq.engine.compiled.joint import Parts, cut
 from pyro_seq.engine.compiled.nest import put_together, take_apart
+from pyro_seq.engine.compiled.padding import filled, rounded
 from pyro_seq.engine.compiled.trace import Graph, Noise, Untraceable, trace, unchanged_generator, unvalidated
 
 __all__ = ["OWN_NOISE", "TWICE", "Differentiable", "Joint", "Weights", "call", "joint_of", "running_rows", "zeros"]
@@ -177,9 +178,9 @@ class Weights:
                 given.append(live[name])
                 continue
             value = running_rows(values[name], counts, self.rows)
-            if total < size:
-                more = (size - total, *value.shape[1:])
-                value = torch.cat([value, value.new_zeros(more) if name in self.linear else value[:1].expand(more)])
+            if total < size and name in self.linear:
+                value = torch.cat([value, value.new_zeros(size - total, *value.shape[1:])])
+            value = filled(value, size)
             given.append(value.contiguous())
         return list(call(*given))
 
@@ -292,7 +293,7 @@ def call(run: Run, name: str, fn: Callable[..., Any], *arguments: Any, fill: boo
     rows = inputs[0].shape[0]
     size = run.size(name, rows) if fill else rows
     if rows < size:
-        inputs = [torch.cat([value, value[:1].expand(size - rows, *value.shape[1:])]) for value in inputs]
+        inputs = [filled(value, size) for value in inputs]
     learning = torch.is_grad_enabled()
     wanted = [learning and value.requires_grad for value in inputs]
     key = run.key(name, (plan, tuple(wanted)), inputs)

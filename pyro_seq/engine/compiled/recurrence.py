@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pyro_seq.engine.compiled.compiler import Run
+from pyro_seq.engine.compiled.padding import filled
 from pyro_seq.engine.compiled.products import linear
 from pyro_seq.engine.compiled.rollout import roll
 from pyro_seq.engine.generators import generator_states, set_generators
 
-__all__ = ["CompiledNetworks", "encoded"]
+__all__ = ["encoded"]
 
 _KINDS = {torch.gru: "gru", torch.lstm: "lstm", torch.rnn_tanh: "tanh", torch.rnn_relu: "relu"}
 _DERIVATIVES = {torch.autograd.grad, torch.autograd.backward, Tensor.backward}
@@ -32,7 +33,7 @@ def encoded(run: Run, fn: Callable[[], Any], device: torch.device) -> Any:
         return fn()
     generators = generator_states(device)
     try:
-        with CompiledNetworks(run):
+        with _Networks(run):
             return fn()
     except _Differentiated:
         run.decline(_OWN_GRADIENTS)
@@ -44,7 +45,7 @@ class _Differentiated(Exception):
     """A derivative is taken, and compiled networks have one once."""
 
 
-class CompiledNetworks(TorchFunctionMode):
+class _Networks(TorchFunctionMode):
     """Inside, on a CPU, torch's recurrent networks run compiled, and its large linear maps by the fastest product there is."""
 
     def __init__(self, run: Run):
@@ -105,8 +106,8 @@ class CompiledNetworks(TorchFunctionMode):
         size = self.run.size(name, batch)
         known = linear(inputs, weights[0], *weights[2:3])
         if batch < size:
-            known = torch.cat([known, known[:, :1].expand(steps, size - batch, -1)], 1)
-            start = tuple(torch.cat([value, value[:1].expand(size - batch, -1)]) for value in start)
+            known = filled(known.transpose(0, 1), size).transpose(0, 1)
+            start = tuple(filled(value, size) for value in start)
         rolled = roll(self.run, name, self.cell, start, (known, kind, places), [size] * steps)
         if rolled is None:
             return None
@@ -117,6 +118,7 @@ class CompiledNetworks(TorchFunctionMode):
 def _is_watched() -> bool:
     """Whether something stands around that compiled code knows nothing of: transforms of functions (``torch.func``), hooks on
     the tensors that are kept for gradients (``torch.utils.checkpoint``)."""
+    # Torch has no public names for these two questions.
     return (torch._C._functorch.peek_interpreter_stack() is not None
             or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None)
 

@@ -6,7 +6,7 @@ before, and what the parameters' gradients need is left where it lies: they are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -207,7 +207,7 @@ def _walk(job: _Job, state: list[Tensor]) -> tuple[list[Tensor], _Walked]:
     return [*flat[:width], *last, *flat[width:]], _Walked(values, whole, selected, after[0][:steps.outputs])
 
 
-def _by_step(value: Tensor | None, counts: list[int], like: Tensor, total: int) -> Sequence[Tensor]:
+def _by_step(value: Tensor | None, counts: list[int], like: Tensor, total: int) -> list[Tensor]:
     """From running rows to each step's, with zeros for the rest."""
     if value is None:
         return [zeros(like)] * total
@@ -248,7 +248,7 @@ class _Rolled(torch.autograd.Function):
             :, None]).unbind(0)
         shared = [job.run.live[steps.live[index]] for index in steps.needed_live]
         adjoint = [zeros(values[0][place]) for place in steps.floating]
-        found: list[list[Tensor]] = []
+        calls: list[list[list[Tensor]]] = []
         for start in reversed(range(0, total, size)):
             now = [value for t in range(start, start + size) for value in (
                 running[t], *[values[t][index] for index in steps.needed], *[part[t] for part in by_found],
@@ -258,7 +258,8 @@ class _Rolled(torch.autograd.Function):
             adjoint = [value.contiguous() for value in results[:first]]
             if walked.selected and walked.selected[start] is not None:
                 adjoint = [torch.zeros_like(value).index_add_(0, walked.selected[start], value) for value in adjoint]
-            found[:0] = [list(results[first + place * each:first + (place + 1) * each]) for place in range(size)]
+            calls.append([list(results[first + place * each:first + (place + 1) * each]) for place in range(size)])
+        found = [step for call in reversed(calls) for step in call]
         by_place = [list(parts) for parts in zip(*found[:len(counts)], strict=True)]
         inputs = [torch.stack(by_place[sum(steps.reached[:place])]) if reached else None
                   for place, reached in enumerate(steps.reached)]

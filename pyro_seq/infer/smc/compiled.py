@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from pyro_seq.engine.compiled.compiler import Compiled, Run
 from pyro_seq.engine.compiled.nest import put_together, take_apart
+from pyro_seq.engine.compiled.padding import filled
 from pyro_seq.engine.compiled.recurrence import encoded
 from pyro_seq.engine.compiled.trace import Noise
 from pyro_seq.engine.loop import Checked, Step, advance, refuse_scaled, same_latents
@@ -138,7 +139,7 @@ class _Run:
             carried = put_together(self.plan, iter(_resized(self.flat, size)))
             tensors: list[Tensor] = []
             plan = take_apart(extra, tensors)
-            extra = put_together(plan, iter([_padded(value, size) for value in tensors]))
+            extra = put_together(plan, iter([filled(value, size) for value in tensors]))
             given = self.given.at(t, size)._replace(chosen=extra[0], looked=extra[1], resampled=extra[2])
             compiled = self.run.find(_NAMES[kind.how], self._turn, self.method.resampler, kind, carried, given)
             if compiled is None:
@@ -164,7 +165,7 @@ class _Run:
     def compiled(self, found: _Turn, t: int, extra: tuple[Any, ...]) -> None:
         running, size, where = self.running, self.size(self.running), found.where
         flat = self.flat if len(self.flat[-1]) == size else _resized(self.flat, size)
-        tensors = [_padded(value, size) for value in _tensors(extra)] if any(part is not None for part in extra) else []
+        tensors = [filled(value, size) for value in _tensors(extra)] if any(part is not None for part in extra) else []
         if size == running:
             noise = [part.draw() for part in found.compiled.noise]
         else:
@@ -327,13 +328,7 @@ def _in_order(value: Tensor) -> Tensor:
 def _resized(flat: list[Tensor], size: int) -> list[Tensor]:
     """Of another number of sequences, the last tensor being ``(n,)``."""
     now = len(flat[-1])
-    return flat if now == size else [_padded(value, len(value) // now * size) for value in flat]
-
-
-def _padded(value: Tensor, rows: int) -> Tensor:
-    """The first rows, or further ones that are like the first."""
-    more = rows - len(value)
-    return value[:rows] if more <= 0 else torch.cat([value, value[:1].expand(more, *value.shape[1:])])
+    return flat if now == size else [filled(value, len(value) // now * size) for value in flat]
 
 
 def _some(noise: Noise, running: int, size: int, particles: int) -> Tensor:

@@ -193,7 +193,7 @@ class ParticleStream:
                                  "the ParticleFilter as it was")
         try:
             sound = read_snapshot(found, self.method.model, self.guide, self.method.num_particles)
-            held = self._held_soundly(found, sound)
+            held = self._read_held(found, sound)
             device = torch.device("cpu") if sound.log_weights is None else sound.log_weights.device
             before = generator_states(device)
             try:
@@ -260,7 +260,7 @@ class ParticleStream:
     def _held(self) -> dict[str, Any]:
         return {}
 
-    def _held_soundly(self, found: Mapping[str, Any], snapshot: Snapshot) -> Any:
+    def _read_held(self, found: Mapping[str, Any], snapshot: Snapshot) -> Any:
         """:raises ValueError: or another error, on what cannot be."""
 
     def _require_like_before(self, sequences: Sequences) -> None:

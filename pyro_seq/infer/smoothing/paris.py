@@ -99,7 +99,7 @@ class Paris(ParticleFilter):
         self.functional, self.num_backward, self.method = functional, num_backward, method
 
     def stream(self) -> ParisStream:
-        """A filter for data as it comes, in constant memory, each of whose updates has the ``expectation`` so far."""
+        """A filter for data as it comes, in constant memory; each update has the ``expectation`` so far, ``(B, ...)``."""
         return ParisStream(self)
 
     def recorder(self, packed: Packed) -> Record:
@@ -201,7 +201,7 @@ class ParisStream(ParticleStream):
         return {"sums": self._last.sums.detach().clone(),
                 "values": {name: value.detach().clone() for name, value in _latents(self._last.step).items()}}
 
-    def _held_soundly(self, found: Mapping[str, Any], snapshot: Snapshot) -> _Last | None:
+    def _read_held(self, found: Mapping[str, Any], snapshot: Snapshot) -> _Last | None:
         sums, values = found["sums"], dict(found["values"])
         if snapshot.time == 0:
             if sums is not None or values:
