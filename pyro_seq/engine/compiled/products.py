@@ -1,48 +1,110 @@
-"""Large matrix products by oneDNN, where that is faster than what torch takes for them on this processor."""
+"""Large matrix products by oneDNN and small ones by a kernel of our own, where that is faster than what torch takes for them on
+this processor."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+import math
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
-__all__ = ["linear", "use_faster_products"]
+from pyro_seq.engine.compiled import microkernel
+
+__all__ = ["linear", "turned_weights", "use_faster_products"]
 
 _aten = torch.ops.aten
+_TRANSPOSES = (_aten.t.default, _aten.transpose.int, _aten.permute.default)
 _LARGE = 2**21
 """Multiplications below which a product's overhead is what counts."""
+_INNER = 2**10
+"""The inner dimension up to which a few columns of the right operand stay in the processor's cache."""
+_MANY = 64
+"""Rows of which a product is worth a transpose."""
+
+
+class _Product(NamedTuple):
+    """A matrix product of a graph, in float32 on a CPU."""
+
+    node: fx.Node
+    left: fx.Node
+    right: fx.Node
+    bias: fx.Node | None
+
+    @staticmethod
+    def of(node: fx.Node) -> _Product | None:
+        if node.target is _aten.mm.default:
+            found = _Product(node, *node.args, None)
+        elif node.target is _aten.addmm.default and not node.kwargs and len(node.args) == 3:
+            found = _Product(node, *node.args[1:], node.args[0])
+        else:
+            return None
+        form = found.left.meta["val"]
+        return found if form.dtype == torch.float32 and form.device.type == "cpu" else None
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        return *self.left.meta["val"].shape, self.right.meta["val"].shape[1]
+
+    @property
+    def is_large(self) -> bool:
+        return math.prod(self.sizes) >= _LARGE
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it is one for the kernel of few rows, with its right operand by rows."""
+        _, inner, columns = self.sizes
+        few = math.prod(self.sizes) < 2 * _LARGE or torch.get_num_threads() == 1 and inner <= _INNER
+        return few and columns >= microkernel.LEAST_COLUMNS and _by_rows(self.left) and microkernel.is_faster()
+
+    def exchange(self) -> None:
+        """For an operator of ours, where that is faster."""
+        graph, left, right, bias = self.node.graph, self.left, self.right, self.bias
+        with graph.inserting_before(self.node):
+            if self.is_small and (_by_rows(right) or self.sizes[0] >= _MANY):
+                product = graph.call_function(
+                    torch.ops.pyro_seq.small_product.default, (left, right if _by_rows(right) else _turned_over(right)))
+            elif self.is_large and faster():
+                own = bias if bias is not None and bias.meta["val"].shape == right.meta["val"].shape[1:] else None
+                left = left if _by_rows(left) else _turned_over(left)  # quicker than what the product would do
+                product = graph.call_function(torch.ops.pyro_seq.product.default, (left, right, own))
+                bias = None if own is not None else bias
+            else:
+                return
+            product.meta = dict(self.node.meta)
+            if bias is not None:
+                product = graph.call_function(_aten.add.Tensor, (product, bias))
+                product.meta = dict(self.node.meta)
+        self.node.replace_all_uses_with(product)
+        graph.erase_node(self.node)
+
+
+def _by_rows(node: fx.Node) -> bool:
+    return node.meta["val"].stride(1) == 1
+
+
+def _turned_over(node: fx.Node) -> fx.Node:
+    """The same by rows, in a loop of its own."""
+    turned = node.graph.call_function(_aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
+    turned.meta = dict(node.meta)
+    return turned
 
 
 def use_faster_products(module: fx.GraphModule) -> None:
-    """Exchange the large products of a graph, in float32 on a CPU."""
-    graph = module.graph
-    for node in list(graph.nodes):
-        if node.target is _aten.mm.default:
-            bias, (left, right) = None, node.args
-        elif node.target is _aten.addmm.default and not node.kwargs and len(node.args) == 3:
-            bias, left, right = node.args
-        else:
-            continue
-        a, b = left.meta["val"], right.meta["val"]
-        large = a.shape[0] * a.shape[1] * b.shape[1] >= _LARGE
-        broadcast = bias is not None and bias.meta["val"].shape != b.shape[1:]
-        if not large or a.dtype != torch.float32 or a.device.type != "cpu" or broadcast:
-            continue
-        if not faster():
-            return
-        with graph.inserting_before(node):
-            if a.stride(1) != 1:  # turned over in a loop of its own, which is quicker than what the product would do
-                turned = graph.call_function(_aten.clone.default, (left,), {"memory_format": torch.contiguous_format})
-                turned.meta, left = dict(left.meta), turned
-            product = graph.call_function(torch.ops.pyro_seq.product.default, (left, right, bias))
-        product.meta = dict(node.meta)
-        node.replace_all_uses_with(product)
-        graph.erase_node(node)
+    """Exchange the products of a graph, in float32 on a CPU, for those of oneDNN and our own."""
+    for node in list(module.graph.nodes):
+        if (product := _Product.of(node)) is not None:
+            product.exchange()
     module.recompile()
+
+
+def turned_weights(module: fx.GraphModule) -> list[fx.Node]:
+    """The transposes of placeholders that products of few rows are faster with if they lie by rows."""
+    found = [product.right for node in module.graph.nodes if (product := _Product.of(node)) is not None
+             and product.right.target in _TRANSPOSES and product.right.args[0].op == "placeholder"
+             and not _by_rows(product.right) and product.is_small]
+    return list(dict.fromkeys(found))
 
 
 torch.library.define("pyro_seq::product", "(Tensor left, Tensor right, Tensor? bias) -> Tensor")
@@ -92,13 +154,4 @@ def faster() -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
     a, w = (torch.ones(rows, 256, dtype=torch.float32, device="cpu") for rows in (1024, 256))
-    return _seconds(lambda: torch.ops.pyro_seq.product(a, w, None)) * 4 < _seconds(lambda: a @ w) * 3
-
-
-def _seconds(fn: Callable[[], Tensor]) -> float:
-    found = []
-    for _ in range(8):
-        start = time.perf_counter()
-        fn()
-        found.append(time.perf_counter() - start)
-    return min(found)
+    return microkernel.seconds(lambda: torch.ops.pyro_seq.product(a, w, None)) * 4 < microkernel.seconds(lambda: a @ w) * 3

@@ -65,8 +65,11 @@ class _Steps:
         state, given = [value.detach() for value in inputs[:width]], [value.detach() for value in inputs[width:]]
         live = [run.live[index].detach() for index in self.live]
         noise = [torch.zeros(part.shape, dtype=part.dtype, device=part.device) for part in self.noise]
-        built = chain.forward(module, self.steps, width, len(given), len(live))
-        examples = [*state, *live, *[*given, *noise] * self.steps]
+        built, turned = chain.forward(module, self.steps, width, len(given), len(live))
+        taken = [node.name for node in module.graph.nodes if node.op == "placeholder"]
+        self.turned = [taken.index(name) - len(inputs) for name in turned]
+        """Which of the live tensors the way forward takes turned over, too."""
+        examples = [*state, *live, *_turned(live, self.turned), *[*given, *noise] * self.steps]
         self.forward = run.compiler.build(built, examples)
         if self.joint is not None:
             with torch.no_grad():
@@ -92,10 +95,11 @@ class _Steps:
             len(joint.parts.deltas), self.kept)
         self.reached = built.reached
         self.needed = [self.names.index(name) for name in built.values]
-        self.needed_live = [joint.names.index(name) - inputs for name in built.live]
+        self.needed_live, self.needed_turned = (
+            [joint.names.index(name) - inputs for name in names] for names in (built.live, built.turned))
         running = torch.ones(self.rows, dtype=torch.bool, device=found[0].device)
         adjoint = [zeros(values[0][place]) for place in self.floating]
-        examples = [*adjoint, *[live[index] for index in self.needed_live]]
+        examples = [*adjoint, *[live[index] for index in self.needed_live], *_turned(live, self.needed_turned)]
         for step in values:
             examples += [running, *[step[index] for index in self.needed], *[zeros(found[place]) for place in self.of_found],
                          *adjoint]
@@ -113,6 +117,10 @@ class _Steps:
             for noise, stack in zip(self.noise, drawn, strict=True):
                 noise.fill(stack[place] if count == self.rows else stack[place, :count])
         return drawn
+
+
+def _turned(live: list[Tensor], which: list[int]) -> list[Tensor]:
+    return [live[index].t().contiguous() for index in which]
 
 
 class _Job(NamedTuple):
@@ -182,7 +190,8 @@ def _walk(job: _Job, state: list[Tensor]) -> tuple[list[Tensor], _Walked]:
     """The results: running rows of the states before, the state after, running rows of what was found."""
     steps, counts, size = job.steps, job.counts, job.steps.steps
     width, total = steps.width, len(counts)
-    live = [job.run.live[index] for index in steps.live]
+    live = [job.run.live[index].detach() for index in steps.live]
+    live += _turned(live, steps.turned)
     whole = [*job.inputs, *(steps.draw(counts) if job.select is None else [])]
     given = [list(values) for values in zip(*[value.unbind(0) for value in whole], strict=True)] if whole else [[]] * total
     before, after, selected = [], [], []
@@ -246,7 +255,8 @@ class _Rolled(torch.autograd.Function):
         direct = [_by_step(gradients[place], counts, values[0][place], total) for place in steps.floating]
         running = (torch.arange(rows, device=device) < torch.tensor([*counts, *[0] * (total - len(counts))], device=device)[
             :, None]).unbind(0)
-        shared = [job.run.live[steps.live[index]] for index in steps.needed_live]
+        live = [job.run.live[index].detach() for index in steps.live]
+        shared = [*[live[index] for index in steps.needed_live], *_turned(live, steps.needed_turned)]
         adjoint = [zeros(values[0][place]) for place in steps.floating]
         calls: list[list[list[Tensor]]] = []
         for start in reversed(range(0, total, size)):
