@@ -18,8 +18,6 @@ _aten = torch.ops.aten
 _TRANSPOSES = (_aten.t.default, _aten.transpose.int, _aten.permute.default)
 _LARGE = 2**21
 """Multiplications below which a product's overhead is what counts."""
-_INNER = 2**10
-"""The inner dimension up to which a few columns of the right operand stay in the processor's cache."""
 _MANY = 64
 """Rows of which a product is worth a transpose."""
 
@@ -40,8 +38,9 @@ class _Product(NamedTuple):
             found = _Product(node, *node.args[1:], node.args[0])
         else:
             return None
-        form = found.left.meta["val"]
-        return found if form.dtype == torch.float32 and form.device.type == "cpu" else None
+        forms = [part.meta.get("val") for part in (found.left, found.right)]
+        known = all(form is not None and form.dtype == torch.float32 and form.device.type == "cpu" for form in forms)
+        return found if known else None
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -53,10 +52,12 @@ class _Product(NamedTuple):
 
     @property
     def is_small(self) -> bool:
-        """Whether it is one for the kernel of few rows, with its right operand by rows."""
-        _, inner, columns = self.sizes
-        few = math.prod(self.sizes) < 2 * _LARGE or torch.get_num_threads() == 1 and inner <= _INNER
-        return few and columns >= microkernel.LEAST_COLUMNS and _by_rows(self.left) and microkernel.is_faster()
+        """Whether it is one for our kernel, which is on one thread, once its right operand lies by rows."""
+        if self.sizes[2] < microkernel.LEAST_COLUMNS:
+            return False
+        if math.prod(self.sizes) < 2 * _LARGE:
+            return microkernel.is_faster(20, 128)
+        return _is_ours(self.sizes[2])
 
     def exchange(self) -> None:
         """For an operator of ours, where that is faster."""
@@ -120,20 +121,32 @@ def _form(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
     return left.new_empty(left.shape[0], right.shape[1])
 
 
+def _multiplied(left: Tensor, right: Tensor) -> Tensor:
+    if _is_ours(right.shape[1]):
+        return torch.ops.pyro_seq.small_product(left, right.contiguous())
+    return torch.ops.pyro_seq.product(left.contiguous(), right, None)
+
+
+def _is_ours(columns: int) -> bool:
+    """Whether a large product is one for our kernel."""
+    return columns >= microkernel.LEAST_COLUMNS and torch.get_num_threads() == 1 and microkernel.is_faster(1024, 256)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(inputs, weight)
-        return torch.ops.pyro_seq.product(inputs, weight.t(), bias)
+        found = _multiplied(inputs, weight.t())
+        return found if bias is None else found.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
         of_inputs, of_weight, of_bias = ctx.needs_input_grad
         # Where a derivative of the derivative may be asked for, by operators that have one.
-        product = torch.mm if torch.is_grad_enabled() else lambda left, right: torch.ops.pyro_seq.product(left, right, None)
+        product = torch.mm if torch.is_grad_enabled() else _multiplied
         return (product(gradient, weight) if of_inputs else None,
-                product(gradient.t().contiguous(), inputs) if of_weight else None,
+                product(gradient.t(), inputs) if of_weight else None,
                 gradient.sum(0) if of_bias else None)
 
 
@@ -143,7 +156,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         weight.dim() == 2 and input.dim() > 0 and input.shape[-1] == weight.shape[1] > 0
         and (bias is None or bias.dtype == torch.float32 and bias.shape == weight.shape[:1])
         and not torch.is_autocast_enabled("cpu"))
-    if not plain or input.numel() * weight.shape[0] < _LARGE or not faster():
+    if not plain or input.numel() * weight.shape[0] < _LARGE or not (_is_ours(weight.shape[0]) or faster()):
         return torch.nn.functional.linear(input, weight, bias)
     return _Linear.apply(input.reshape(-1, input.shape[-1]), weight, bias).reshape(*input.shape[:-1], -1)
 

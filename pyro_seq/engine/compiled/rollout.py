@@ -66,9 +66,12 @@ class _Steps:
         live = [run.live[index].detach() for index in self.live]
         noise = [torch.zeros(part.shape, dtype=part.dtype, device=part.device) for part in self.noise]
         built, turned = chain.forward(module, self.steps, width, len(given), len(live))
-        taken = [node.name for node in module.graph.nodes if node.op == "placeholder"]
-        self.turned = [taken.index(name) - len(inputs) for name in turned]
+        holders = [node for node in module.graph.nodes if node.op == "placeholder"]
+        self.turned = [[node.name for node in holders].index(name) - len(inputs) for name in turned]
         """Which of the live tensors the way forward takes turned over, too."""
+        own = [*holders[width:len(inputs)], *holders[len(inputs) + len(live):]]
+        self.read = {place for place, node in enumerate(own) if node.users}
+        """Which of inputs and noise are looked at, step by step."""
         examples = [*state, *live, *_turned(live, self.turned), *[*given, *noise] * self.steps]
         self.forward = run.compiler.build(built, examples)
         if self.joint is not None:
@@ -95,6 +98,7 @@ class _Steps:
             len(joint.parts.deltas), self.kept)
         self.reached = built.reached
         self.needed = [self.names.index(name) for name in built.values]
+        self.read |= {index - width for index in self.needed}
         self.needed_live, self.needed_turned = (
             [joint.names.index(name) - inputs for name in names] for names in (built.live, built.turned))
         running = torch.ones(self.rows, dtype=torch.bool, device=found[0].device)
@@ -193,7 +197,8 @@ def _walk(job: _Job, state: list[Tensor]) -> tuple[list[Tensor], _Walked]:
     live = [job.run.live[index].detach() for index in steps.live]
     live += _turned(live, steps.turned)
     whole = [*job.inputs, *(steps.draw(counts) if job.select is None else [])]
-    given = [list(values) for values in zip(*[value.unbind(0) for value in whole], strict=True)] if whole else [[]] * total
+    by_time = [value.unbind(0) if place in steps.read else [value[0]] * total for place, value in enumerate(whole)]
+    given = [list(values) for values in zip(*by_time, strict=True)] if whole else [[]] * total
     before, after, selected = [], [], []
     for start in range(0, total, size):
         if job.select is not None:
