@@ -164,12 +164,37 @@ GUIDES = {
 }
 
 
+def apart(found, expected):
+    """The largest difference of gradients, each relative to its largest entry."""
+    return max(((one - other).abs().max() / (1 + other.abs().max())).item()
+               for one, other in zip(found[1], expected[1], strict=True))
+
+
+def sensitivity(parameters, run, expected):
+    """What rounding alone may do: how far gradients move if each weight does by its last digit, at most of eight trials.
+
+    Networks' move by 1e-6, but those of an AVF, which reads logarithms of gradients that may be next to zero, by up to 1e-3.
+    """
+    kept, moved = [parameter.data.clone() for parameter in parameters], []
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        for parameter, value in zip(parameters, kept, strict=True):
+            up = torch.rand(value.shape, generator=generator, dtype=value.dtype) < 0.5
+            parameter.data = value * torch.where(up, 1 + EPSILON, 1 - EPSILON / 2)
+        moved.append(apart(run(), expected))
+    for parameter, value in zip(parameters, kept, strict=True):
+        parameter.data = value
+    return max(moved)
+
+
 @pytest.mark.skipif(not DEVICE_IS_CPU, reason="the kernel is a processor's")
 @pytest.mark.parametrize(("model", "guide"), [
     pytest.param(model, guide, marks=[] if (model, guide) == ("SRNN", "network") else pytest.mark.slow)
     for model in MODELS for guide in GUIDES])
 def test_steps_with_products_by_our_kernel(ours, monkeypatch, model, guide):
-    """Value and gradients are those of the steps as written, ragged, while the weights change; and the loops call the kernel."""
+    """Value and gradients are those of the steps as written, ragged, while the weights change, and the loops call it.
+
+    Gradients to within ten times what rounding the weights does: in 24 runs they were at most as far off as that."""
     from torch._inductor.select_algorithm import extern_kernels
 
     torch.set_default_dtype(torch.float32)
@@ -180,11 +205,14 @@ def test_steps_with_products_by_our_kernel(ours, monkeypatch, model, guide):
     sizes, call = [], extern_kernels.pyro_seq_small_product
     monkeypatch.setattr(extern_kernels, "pyro_seq_small_product", lambda *a, **k: (sizes.append(k["sizes"]), call(*a, **k)))
     written, compiled = seq.SequentialELBO(), seq.SequentialELBO(compile=True)
+    parameters = [*model.parameters(), *guide.parameters()]
+    for parameter in parameters:
+        parameter.data += 0.02 * torch.randn_like(parameter)
     for _ in range(4):
-        for parameter in (*model.parameters(), *guide.parameters()):
-            parameter.data += 0.02 * torch.randn_like(parameter)
+        for parameter in parameters:
+            parameter.data *= 1.03
         found, expected = (value_and_gradients(loss, model, guide, batch) for loss in (compiled, written))
         torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=0.0)
-        for one, wanted in zip(found[1], expected[1], strict=True):
-            torch.testing.assert_close(one, wanted, rtol=1e-5, atol=1e-5 * (1 + wanted.abs().max().item()))
+        allowed = 1e-5 + 10 * sensitivity(parameters, lambda: value_and_gradients(written, model, guide, batch), expected)
+        assert apart(found, expected) <= allowed
     assert sum(rows == 4 for rows, *_ in sizes) >= 2 * 2 * 12  # in the last two rounds, at each step, there and back
