@@ -5,13 +5,14 @@ import pyro.distributions as dist
 import pytest
 import torch
 from models import LocalLevel
+from test_compiled_products import is_installed
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
 import pyro_seq as seq
-from pyro_seq.engine.compiled import products, recurrence
+from pyro_seq.engine.compiled import microkernel, products, recurrence
 from pyro_seq.engine.compiled.compiler import Compiler
 from pyro_seq.engine.compiled.recurrence import encoded
 
@@ -164,11 +165,23 @@ def test_guides_run_them_compiled(name, monkeypatch):
     assert 0 < trained < len(done)
 
 
-def test_large_linear_maps(monkeypatch):
-    """By whichever product: float32, to the rounding of sums of 256 terms."""
-    if not torch.backends.mkldnn.is_available():
+@pytest.fixture(params=["oneDNN", "ours"])
+def exchanged(request, monkeypatch):
+    """By whichever product, on one thread."""
+    if request.param == "oneDNN" and not torch.backends.mkldnn.is_available():
         pytest.skip("torch was built without oneDNN")
-    monkeypatch.setattr(products, "faster", lambda: True)
+    if request.param == "ours" and not is_installed():
+        pytest.skip("no C++ compiler that makes the kernel")
+    monkeypatch.setattr(products, "faster", lambda: request.param == "oneDNN")
+    monkeypatch.setattr(microkernel, "is_faster", lambda *_: request.param == "ours")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_large_linear_maps(exchanged):
+    """Float32, to the rounding of sums of 256 terms."""
     inputs, weight, bias = (torch.randn(shape, dtype=torch.float32, requires_grad=True)
                             for shape in ((2, 80, 256), (128, 256), (128,)))
     found = products.linear(inputs, weight, bias)
@@ -183,15 +196,16 @@ def test_large_linear_maps(monkeypatch):
     torch.testing.assert_close(*twice, rtol=1e-4, atol=1e-4 * twice[1][0].abs().max().item())
 
 
-def test_linear_maps_that_are_left_to_torch(monkeypatch):
-    """Biases that broadcast, no inputs, other names of arguments, other types."""
-    monkeypatch.setattr(products, "faster", lambda: True)
+def test_linear_maps_that_are_left_to_torch(exchanged):
+    """Biases that broadcast, no inputs, other names of arguments, other types; few outputs."""
     inputs, weight = torch.randn(4, 40, 256, dtype=torch.float32), torch.randn(128, 256, dtype=torch.float32)
     for bias in (torch.randn(()), torch.randn(1), torch.randn(1, 128), torch.randn(128)):
         bias = bias.float()
         torch.testing.assert_close(products.linear(input=inputs, weight=weight, bias=bias),
                                    functional.linear(inputs, weight, bias), rtol=1e-5, atol=1e-4)
     assert products.linear(inputs[..., :0], weight[:, :0]).shape == (4, 40, 128)
+    few = [torch.randn(shape, dtype=torch.float32, requires_grad=True) for shape in ((60000, 9), (8, 9))]
+    torch.testing.assert_close(products.linear(*few), functional.linear(*few), rtol=1e-5, atol=1e-5)
     with pytest.raises(RuntimeError):
         products.linear(inputs, weight[:, :3])
     with pytest.raises(RuntimeError):

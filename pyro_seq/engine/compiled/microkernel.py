@@ -96,17 +96,17 @@ extern "C" void kernel(const float* a, const float* b, float* c, int64_t M, int6
 }
 """
 
-torch.library.define("pyro_seq::small_product", "(Tensor left, Tensor right) -> Tensor")
+torch.library.define("pyro_seq::blocked_product", "(Tensor left, Tensor right) -> Tensor")
 
 
-@torch.library.impl("pyro_seq::small_product", "CPU")
+@torch.library.impl("pyro_seq::blocked_product", "CPU")
 def _product(left: Tensor, right: Tensor) -> Tensor:
     out = _form(left, right)
     _installed()(left, right, out, left.shape[0], *right.shape, *left.stride(), right.stride(0))
     return out
 
 
-@torch.library.register_fake("pyro_seq::small_product")
+@torch.library.register_fake("pyro_seq::blocked_product")
 def _form(left: Tensor, right: Tensor) -> Tensor:
     return left.new_empty(left.shape[0], right.shape[1])
 
@@ -137,12 +137,12 @@ def _installed() -> Callable[..., None]:
         kernel = CppPythonBindingsCodeCache.load_pybinding(["const float*"] * 2 + ["float*"] + ["int64_t"] * 6, _SOURCE)
 
     # Machine code on disk asks for it by this name, and with these arguments.
-    def pyro_seq_small_product(left: Tensor, right: Tensor, *, sizes: tuple[int, ...], out: Tensor) -> None:
+    def pyro_seq_blocked_product(left: Tensor, right: Tensor, *, sizes: tuple[int, ...], out: Tensor) -> None:
         kernel(left, right, out, *sizes)
 
-    choice = ExternKernelChoice(pyro_seq_small_product)
+    choice = ExternKernelChoice(pyro_seq_blocked_product)
 
-    @register_lowering(torch.ops.pyro_seq.small_product.default, type_promotion_kind=None)
+    @register_lowering(torch.ops.pyro_seq.blocked_product.default, type_promotion_kind=None)
     def lower(left: Any, right: Any) -> Any:
         left, right = ir.ExternKernel.realize_input(left), ir.ExternKernel.realize_input(right)
         right = ir.ExternKernel.require_stride_order(right, [1, 0])

@@ -1,5 +1,5 @@
-"""Large matrix products by oneDNN and small ones by a kernel of our own, where that is faster than what torch takes for them on
-this processor."""
+"""Matrix products in float32 by a kernel of our own, or large ones by oneDNN, where that is faster on this processor than what
+torch takes for them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,15 @@ _LARGE = 2**21
 """Multiplications below which a product's overhead is what counts."""
 _MANY = 64
 """Rows of which a product is worth a transpose."""
+
+
+def _is_ours(rows: int, inner: int, columns: int) -> bool:
+    """Whether a product is one for our kernel, which has one thread, once its right operand lies by rows."""
+    if columns < microkernel.LEAST_COLUMNS:
+        return False
+    if rows * inner * columns < 2 * _LARGE:
+        return microkernel.is_faster(20, 128)
+    return torch.get_num_threads() == 1 and microkernel.is_faster(1024, 256)
 
 
 class _Product(NamedTuple):
@@ -46,27 +55,14 @@ class _Product(NamedTuple):
     def sizes(self) -> tuple[int, int, int]:
         return *self.left.meta["val"].shape, self.right.meta["val"].shape[1]
 
-    @property
-    def is_large(self) -> bool:
-        return math.prod(self.sizes) >= _LARGE
-
-    @property
-    def is_small(self) -> bool:
-        """Whether it is one for our kernel, which is on one thread, once its right operand lies by rows."""
-        if self.sizes[2] < microkernel.LEAST_COLUMNS:
-            return False
-        if math.prod(self.sizes) < 2 * _LARGE:
-            return microkernel.is_faster(20, 128)
-        return _is_ours(self.sizes[2])
-
     def exchange(self) -> None:
         """For an operator of ours, where that is faster."""
         graph, left, right, bias = self.node.graph, self.left, self.right, self.bias
         with graph.inserting_before(self.node):
-            if self.is_small and (_by_rows(right) or self.sizes[0] >= _MANY):
+            if _is_ours(*self.sizes) and (_by_rows(right) or self.sizes[0] >= _MANY):
                 product = graph.call_function(
-                    torch.ops.pyro_seq.small_product.default, (left, right if _by_rows(right) else _turned_over(right)))
-            elif self.is_large and faster():
+                    torch.ops.pyro_seq.blocked_product.default, (left, right if _by_rows(right) else _turned_over(right)))
+            elif math.prod(self.sizes) >= _LARGE and faster():
                 own = bias if bias is not None and bias.meta["val"].shape == right.meta["val"].shape[1:] else None
                 left = left if _by_rows(left) else _turned_over(left)  # quicker than what the product would do
                 product = graph.call_function(torch.ops.pyro_seq.product.default, (left, right, own))
@@ -104,7 +100,7 @@ def turned_weights(module: fx.GraphModule) -> list[fx.Node]:
     """The transposes of placeholders that products of few rows are faster with if they lie by rows."""
     found = [product.right for node in module.graph.nodes if (product := _Product.of(node)) is not None
              and product.right.target in _TRANSPOSES and product.right.args[0].op == "placeholder"
-             and not _by_rows(product.right) and product.is_small]
+             and not _by_rows(product.right) and _is_ours(*product.sizes)]
     return list(dict.fromkeys(found))
 
 
@@ -122,14 +118,9 @@ def _form(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _multiplied(left: Tensor, right: Tensor) -> Tensor:
-    if _is_ours(right.shape[1]):
-        return torch.ops.pyro_seq.small_product(left, right.contiguous())
-    return torch.ops.pyro_seq.product(left.contiguous(), right, None)
-
-
-def _is_ours(columns: int) -> bool:
-    """Whether a large product is one for our kernel."""
-    return columns >= microkernel.LEAST_COLUMNS and torch.get_num_threads() == 1 and microkernel.is_faster(1024, 256)
+    if _is_ours(*left.shape, right.shape[1]):
+        return torch.ops.pyro_seq.blocked_product(left, right.contiguous())
+    return torch.ops.pyro_seq.product(left.contiguous(), right, None) if faster() else left @ right
 
 
 class _Linear(torch.autograd.Function):
@@ -156,9 +147,12 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         weight.dim() == 2 and input.dim() > 0 and input.shape[-1] == weight.shape[1] > 0
         and (bias is None or bias.dtype == torch.float32 and bias.shape == weight.shape[:1])
         and not torch.is_autocast_enabled("cpu"))
-    if not plain or input.numel() * weight.shape[0] < _LARGE or not (_is_ours(weight.shape[0]) or faster()):
+    if not plain or input.numel() * weight.shape[0] < _LARGE:
         return torch.nn.functional.linear(input, weight, bias)
-    return _Linear.apply(input.reshape(-1, input.shape[-1]), weight, bias).reshape(*input.shape[:-1], -1)
+    rows = input.reshape(-1, input.shape[-1])
+    if not _is_ours(*rows.shape, weight.shape[0]) and not faster():
+        return torch.nn.functional.linear(input, weight, bias)
+    return _Linear.apply(rows, weight, bias).reshape(*input.shape[:-1], -1)
 
 
 @cache
