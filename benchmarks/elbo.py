@@ -75,7 +75,7 @@ def by_hand(model: DeepMarkov, guide: seq.FilteringGuide, x: torch.Tensor, ahead
     loss, z = x.new_zeros(()), None
     for t in range(STEPS):
         state = x.new_zeros(BATCH, LATENT) if z is None else guide.state_units(z)
-        out = head(encoded[t] if ahead else head.prepare(encoded[t]), state)
+        out = head(encoded[t] if ahead else head.prepare(encoded[t]), state=state)
         loc, log_scale = units.inverse(out).chunk(2, -1)
         q = Normal(loc, log_scale.exp())
         p = Normal(model.loc, model.log_scale.exp()) if z is None else Normal(*model.gated(z))
@@ -93,7 +93,7 @@ def spelled_out(model: DeepMarkov, guide: seq.FilteringGuide, x: torch.Tensor) -
     loss, z = x.new_zeros(()), None
     for t in range(STEPS):
         state = x.new_zeros(BATCH, LATENT) if z is None else guide.state_units(z)
-        loc, log_scale = units.inverse(head(encoded[t], state)).chunk(2, -1)
+        loc, log_scale = units.inverse(head(encoded[t], state=state)).chunk(2, -1)
         scale = log_scale.exp()
         prior_loc, prior_scale = (model.loc, model.log_scale.exp()) if z is None else model.gated(z)
         noise = torch.randn_like(loc)

@@ -193,7 +193,7 @@ def _deep_markov(w: dict[str, Any], x: Any, noise: Any, units: _Units) -> Any:
 
     def step(features: Any, now: tuple) -> tuple[Any, Any]:
         prepared, noise = now
-        z, log_scale = _draw(w, prepared + features @ w["guide.heads.site_z.added"], noise, units)
+        z, log_scale = _draw(w, prepared + features @ w["guide.heads.site_z.added_state"], noise, units)
         return _in(units.state, z), (z, log_scale)
 
     z, log_scale = _scan(step, jnp.zeros_like(noise[0]), (_encoded(w, x, units), noise))
@@ -216,7 +216,7 @@ def _vrnn(w: dict[str, Any], x: Any, noise: Any, units: _Units) -> Any:
 
     def step(h: Any, now: tuple) -> tuple[Any, Any]:
         prepared, gates, noise = now
-        z, log_scale = _draw(w, prepared + _in(units.state, h) @ w["guide.heads.site_z.added"], noise, units)
+        z, log_scale = _draw(w, prepared + _in(units.state, h) @ w["guide.heads.site_z.added_state"], noise, units)
         embedded = relu(_linear(w, "model.embed_z.0", z))
         gates = gates + embedded @ w["model.gru.weight_ih"][hidden:]
         after = _gru_cell(gates, h @ w["model.gru.weight_hh"] + w["model.gru.bias_hh"], h)
@@ -235,7 +235,7 @@ def _srnn(w: dict[str, Any], x: Any, noise: Any, units: _Units) -> Any:
     hidden = d.shape[-1]
     of_d, of_z = (None, None) if units.state is None else (
         tuple(v[:hidden] for v in units.state), tuple(v[hidden:] for v in units.state))
-    added = w["guide.heads.site_z.added"]
+    added = w["guide.heads.site_z.added_state"]
     prepared = _encoded(w, x, units) + _in(of_d, d) @ added[:hidden]
 
     def step(before: Any, now: tuple) -> tuple[Any, Any]:

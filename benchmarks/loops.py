@@ -43,7 +43,7 @@ def srnn(model: SRNN, guide: seq.FilteringGuide, x: torch.Tensor) -> float:
 
 def _draw(guide: seq.FilteringGuide, prepared: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A latent, and its log density without the constant, which the prior's cancels."""
-    out = guide.parameter_units["z"].inverse(guide.heads["z"](prepared, guide.state_units(state)))
+    out = guide.parameter_units["z"].inverse(guide.heads["z"](prepared, state=guide.state_units(state)))
     loc, log_scale = out.chunk(2, -1)
     noise = torch.randn_like(loc)
     return loc + log_scale.exp() * noise, (-0.5 * noise.square() - log_scale).sum()

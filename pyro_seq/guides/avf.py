@@ -85,7 +85,7 @@ class AmortizedVariationalFilter(NetworkGuide):
         self._derive()
         size = 128 if hidden is None else hidden
         encoded = self.frame_width + (0 if cell is None else size)
-        added = self.state_width + (4 if gradient else 2) * width
+        added = {"state": self.state_width, "prior": width, "moved": width} | ({"gradient": 2 * width} if gradient else {})
         with self.device:
             self.rnn = None if cell is None else CELLS[cell](self.frame_width, size, batch_first=True)
             self.update = (_Highway(width, 1024 if hidden is None else hidden) if preset == "paper" else
@@ -155,7 +155,7 @@ class AmortizedVariationalFilter(NetworkGuide):
         # lambda = kept * prior + own, starting at the prior.
         kept = torch.ones(frame.rows, self._width(), dtype=self.dtype, device=frame.device)
         own = torch.zeros_like(kept)
-        energies, auxiliary, features = [], None, None
+        energies, auxiliary, known = [], None, None
         for k in range(self.iterations + every):
             last = k == self.iterations
             proposal, gradient = _Moved(self, kept.detach(), own.detach()), None
@@ -175,12 +175,13 @@ class AmortizedVariationalFilter(NetworkGuide):
                 # Each iteration is trained on its own free energy.
                 term = ((kept * start + own) / unit * gradient.nan_to_num()).sum(-1)
                 auxiliary = term if auxiliary is None else auxiliary + term
-            if features is None:
-                features = self._features(state, frame, encoding, proposal)
+            if k == 0 and self.preset != "paper":
+                known = self._known(state, frame, encoding, proposal)
             with torch.set_grad_enabled(training):
                 if greedy:
                     kept, own = kept.detach(), own.detach()
-                kept, own = self._update(features, start, unit, kept, own, gradient)
+                moved = None if k == 0 else ((kept - 1) * start + own) / unit
+                kept, own = self._update(known, start, unit, kept, own, moved, gradient)
         result = _Moved(self, kept, own)
         result.auxiliary = auxiliary
         return result, energies
@@ -204,24 +205,23 @@ class AmortizedVariationalFilter(NetworkGuide):
     def _width(self) -> int:
         return next(reversed(self.slices.values())).stop
 
-    def _features(self, state: State, frame: Frame, encoding: Tensor | None, proposal: _Moved) -> list[Tensor]:
-        """What does not change from one iteration to the next."""
-        if self.preset == "paper":
-            return []
+    def _known(self, state: State, frame: Frame, encoding: Tensor, proposal: _Moved) -> Tensor:
+        """What the update network is told at every iteration."""
         starts = torch.cat([self.parameter_units[name](proposal.starts[name]) for name in self.families], -1)
-        state_features = self.state_features(state, frame.rows)
-        return [encoding, *([] if state_features is None else [state_features]), starts]
+        return self.update.add(encoding, state=self.state_features(state, frame.rows), prior=starts)
 
-    def _update(self, features: list[Tensor], start: Tensor, unit: Tensor, kept: Tensor, own: Tensor, gradient: Tensor | None
-                ) -> tuple[Tensor, Tensor]:
-        """One iteration: ``lambda <- (1 - g) lambda + g f``."""
+    def _update(self, known: Tensor | None, start: Tensor, unit: Tensor, kept: Tensor, own: Tensor, moved: Tensor | None,
+                gradient: Tensor | None) -> tuple[Tensor, Tensor]:
+        """One iteration: ``lambda <- (1 - g) lambda + g f``.
+
+        :param moved: how far the proposal is from the prior, in units of its scale; ``None`` where it is not.
+        """
         if gradient is not None:
             gradient = gradient.detach().nan_to_num(nan=0.0, posinf=1e10, neginf=-1e10)
         if self.preset == "paper":
             return torch.zeros_like(own), self._published_update(start, unit, kept * start + own, gradient)
-        moved = ((kept - 1) * start + own) / unit
-        signals = [] if not self.gradient else list(_sign_and_magnitude(gradient))
-        target, gate = self.update(*features, moved, *signals).chunk(2, -1)
+        signals = {"gradient": torch.cat(_sign_and_magnitude(gradient), -1)} if self.gradient else {}
+        target, gate = self.update(known, moved=moved, **signals).chunk(2, -1)
         parts = [self.target(name, torch.zeros_like(target[:, where]), unit[:, where], target[:, where], gate[:, where])
                  for name, where in self.slices.items()]
         target, gate = parts[0] if len(parts) == 1 else (torch.cat(part, -1) for part in zip(*parts, strict=True))

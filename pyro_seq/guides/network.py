@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -66,34 +67,43 @@ class BySite(nn.ModuleDict):
 class Head(nn.Module):
     """A one-hidden-layer network beside a linear map, both from zero: features to ``outputs``.
 
-    What is known of all times beforehand goes through :meth:`prepare` at once; what each step adds, through the call.
+    What is known of all times beforehand goes through :meth:`prepare` at once, what is known before others through :meth:`add`;
+    the rest through the call.
 
     :param known: width of the features known beforehand.
-    :param added: width of the features added at each step.
+    :param added: widths of the features added at each step, by name.
     """
 
-    def __init__(self, known: int, added: int, hidden: int, outputs: int):
+    def __init__(self, known: int, added: Mapping[str, int], hidden: int, outputs: int):
         super().__init__()
         self.sizes = (hidden, outputs)
-        both = nn.Linear(known + added, hidden + outputs)
+        both = nn.Linear(known + sum(added.values()), hidden + outputs)
         with torch.no_grad():
             both.weight[hidden:].zero_()
             both.bias[hidden:].zero_()
         self.known = nn.Linear(known, hidden + outputs)
-        self.known.weight.data = both.weight.data[:, :known].clone()
+        of_known, *of_added = both.weight.data.split([known, *added.values()], 1)
+        self.known.weight.data = of_known.clone()
         self.known.bias.data = both.bias.data.clone()
-        self.added = nn.Parameter(both.weight.data[:, known:].T.contiguous()) if added else None
+        # Each by itself: most have no gradient to be told, and some stay the same while others change.
+        for name, weight in zip(added, of_added, strict=True):
+            self.register_parameter(f"added_{name}", nn.Parameter(weight.T.contiguous()))
         self.output = nn.Parameter(torch.zeros(hidden, outputs))
 
     def prepare(self, known: Tensor) -> Tensor:
         """``(..., known)`` to ``(..., hidden + outputs)``."""
         return self.known(known)
 
-    def forward(self, prepared: Tensor, *added: Tensor) -> Tensor:
-        """``(rows, hidden + outputs)`` and features of ``added`` in all to ``(rows, outputs)``."""
-        if added:
-            prepared = torch.addmm(prepared, torch.cat(added, -1) if len(added) > 1 else added[0], self.added)
-        hidden, direct = torch.split_with_sizes(prepared, self.sizes, -1)
+    def add(self, prepared: Tensor, **added: Tensor | None) -> Tensor:
+        """``(rows, hidden + outputs)`` and what features by name, ``(rows, width)``, add to it; ``None`` adds nothing."""
+        for name, value in added.items():
+            if value is not None:
+                prepared = torch.addmm(prepared, value, getattr(self, f"added_{name}"))
+        return prepared
+
+    def forward(self, prepared: Tensor, **added: Tensor | None) -> Tensor:
+        """To ``(rows, outputs)``."""
+        hidden, direct = torch.split_with_sizes(self.add(prepared, **added), self.sizes, -1)
         out = torch.addmm(direct, nn.functional.elu(hidden), self.output)
         return out.to(self.output.dtype)  # products may be of a lower type, under torch.autocast
 

@@ -66,7 +66,7 @@ class FilteringGuide(NetworkGuide):
             self.rnn = None if cell is None else CELLS[cell](self.frame_width, hidden, batch_first=True)
             self.rnn_back = CELLS[cell](self.frame_width, hidden, batch_first=True) if cell and self.reads_future else None
             self.heads = BySite({
-                site: Head(encoded, self.state_width + (family.width if residual else 0), hidden,
+                site: Head(encoded, {"state": self.state_width} | ({"prior": family.width} if residual else {}), hidden,
                            family.width * (2 if residual else 1))
                 for site, family in self.families.items()})
         self.to(self.dtype)
@@ -95,15 +95,14 @@ class FilteringGuide(NetworkGuide):
 
     def propose(self, state: State, frame: Frame, encoding: dict[str, Tensor], emit: Any = None) -> Proposal:
         features = self.state_features(state, frame.rows)
-        features = [] if features is None else [features]
 
         def proposal(name: str, prior: Distribution | None) -> tuple[Distribution, None]:
             family, units = self.family(name, prior), self.parameter_units[name]
             if not self.residual:
-                out = self.heads[name](encoding[name], *features)
+                out = self.heads[name](encoding[name], state=features)
                 return family.distribution(units.inverse(out)), None
             start = family.parameters(prior)
-            own, gate = self.heads[name](encoding[name], *features, units(start)).chunk(2, -1)
+            own, gate = self.heads[name](encoding[name], state=features, prior=units(start)).chunk(2, -1)
             return family.distribution(torch.lerp(start, *self.target(name, start, family.unit(prior), own, gate))), None
 
         return proposal
