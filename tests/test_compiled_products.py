@@ -1,5 +1,7 @@
 """Matrix products of compiled steps: our kernel's are exact to rounding, and are where they are thought to be."""
 
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -51,7 +53,7 @@ def require_rounding(found, left, right):
     assert ((found.double() - left @ right).abs() <= allowed).all()
 
 
-@pytest.mark.parametrize("inner", [0, 1, 7, 512, 513, 1100])
+@pytest.mark.parametrize("inner", [0, 1, 7, 256, 257, 600])
 def test_products_of_all_sizes(ours, inner):
     """Rows and columns around the blocks; operands that are parts of larger ones, and turned over on the left."""
     product = torch.ops.pyro_seq.blocked_product
@@ -63,6 +65,13 @@ def test_products_of_all_sizes(ours, inner):
             require_rounding(product(left, right), left, right)
             left = numbers(1, inner).expand(rows, inner)
             require_rounding(product(left, right), left, right)
+
+
+def test_long_sums_do_not_gather_roundings(ours):
+    """Equal terms, whose roundings all go the same way: parts of 256, and their sum, are each off by half a rounding a term."""
+    left, right = torch.full((5, 2**16), 0.1, dtype=torch.float32), torch.full((2**16, 64), 0.7, dtype=torch.float32)
+    found, exact = torch.ops.pyro_seq.blocked_product(left, right), left.double() @ right.double()
+    assert ((found - exact).abs() <= (256 + 2**16 / 256) / 2 * EPSILON * exact).all()
 
 
 def test_nothing_is_written_beside_the_result(ours):
@@ -144,6 +153,39 @@ def test_large_products_go_to_the_one_that_is_faster(ours, monkeypatch):
         assert graph_of(torch.addmm, b, x, w)[1][ADDMM] == 1
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("fn", "expected"), [
+    (lambda x, w: x @ w.t(), 1),
+    (lambda x, w: torch.relu(x @ w.T) @ w.transpose(-1, 0), 1),
+    (lambda x, w: x @ w.permute(1, -2), 1),
+    (lambda x, w: x @ w.t() + w.t().as_strided((1, 24), (1, 1)), 1),  # which reads it as it lies
+    (lambda x, w: x @ w.permute(0, 1), 0),
+    (lambda x, w: x @ w.movedim(0, 0), 0),
+    (lambda x, w: x @ w.transpose(1, 1), 0),
+    (lambda x, w: x @ x.t(), 0),  # of no weight
+])
+def test_which_weights_are_turned_over(ours, fn, expected):
+    """Whatever else reads a transpose reads the weight's own."""
+    for w in (numbers(24, 24), numbers(24, 24).t()):
+        x = numbers(20, 24)
+        module = make_fx(fn, tracing_mode="fake")(x, w)
+        weight = [node for node in module.graph.nodes if node.op == "placeholder"][1]
+        found = products.turned_weights(module, [weight])
+        assert len(found) == expected * w.is_contiguous()
+        torch.testing.assert_close(module(x, w), fn(x, w), rtol=1e-5, atol=1e-4)
+        readers = {user.target for node in found for user in node.users}
+        assert readers <= {MM}
+
+
+def test_python_without_assertions_compiles_nothing():
+    """Some of Inductor's do work: without them it leaves out parts of a loop."""
+    script = ("import torch; from torch import fx; from pyro_seq.engine.compiled.compiler import Compiler\n"
+              "from pyro_seq.engine.compiled.trace import Untraceable\n"
+              "try: Compiler('a test').build(fx.symbolic_trace(lambda x: [x + 1]), [torch.ones(2)])\n"
+              "except Untraceable as error: print(error)")
+    done = subprocess.run([sys.executable, "-O", "-c", script], capture_output=True, text=True, check=True)
+    assert "leave -O out" in done.stdout
 
 
 def test_without_a_kernel_products_are_torchs(theirs):

@@ -54,11 +54,10 @@ def _copy(graph: fx.Graph, module: fx.GraphModule, there: dict[fx.Node, fx.Node]
 def _take_turned(graph: fx.Graph, module: fx.GraphModule, live: list[fx.Node]) -> tuple[dict[fx.Node, fx.Node], list[str]]:
     """Placeholders for the transposes of live tensors that products ask for, by rows; and the names of what they are of."""
     there, of = {}, []
-    for node in turned_weights(module):
-        if node.args[0] in live:
-            there[node] = _take(graph, f"turned_{len(of)}", node)
-            there[node].meta["val"] = node.meta["val"].contiguous()
-            of.append(node.args[0].name)
+    for node in turned_weights(module, live):
+        there[node] = _take(graph, f"turned_{len(of)}", node)
+        there[node].meta["val"] = node.meta["val"].contiguous()
+        of.append(node.args[0].name)
     return there, of
 
 

@@ -226,6 +226,8 @@ def _autocast() -> tuple[Any, ...]:
 
 
 def _build(module: fx.GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
+    if not __debug__:  # it gives wrong numbers then: some of its assertions do work
+        raise Untraceable("Python runs with -O, which strips assertions that torch's Inductor needs: leave -O out")
     examples = [value.detach() for value in examples]
     use_faster_products(module)
     try:

@@ -9,6 +9,7 @@ Source: Goto and van de Geijn, *Anatomy of high-performance matrix multiplicatio
 
 from __future__ import annotations
 
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -35,7 +36,7 @@ constexpr int WIDTH = 8, ROWS = 4, MOST = 3;
 #else
 constexpr int WIDTH = 4, ROWS = 4, MOST = 4;
 #endif
-constexpr int64_t DEPTH = 512;  // of the inner dimension, as much as stays in the processor's cache
+constexpr int64_t DEPTH = 256;  // of the inner dimension, as much as stays in the processor's cache
 
 typedef float Vector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
@@ -43,13 +44,10 @@ struct Sizes {
   int64_t M, K, N, row, column, ldb;  // entry (i, k) of the left operand lies at i * row + k * column
 };
 
-// R rows of C vectors each, added to what is there already if so said.
+// R rows of C vectors each, added to what is there already if so said: in parts, whose roundings do not add up.
 template <int R, int C>
 static inline void block(const float* a, const float* b, float* c, const Sizes& s, int64_t from, int64_t to) {
   Vector sum[R][C] = {};
-  if (from > 0)
-    for (int i = 0; i < R; ++i)
-      for (int j = 0; j < C; ++j) sum[i][j] = *(const Vector*)(c + i * s.N + WIDTH * j);
   for (int64_t k = from; k < to; ++k) {
     Vector of_b[C];
     for (int j = 0; j < C; ++j) of_b[j] = *(const Vector*)(b + k * s.ldb + WIDTH * j);
@@ -57,7 +55,10 @@ static inline void block(const float* a, const float* b, float* c, const Sizes& 
       for (int j = 0; j < C; ++j) sum[i][j] += a[i * s.row + k * s.column] * of_b[j];
   }
   for (int i = 0; i < R; ++i)
-    for (int j = 0; j < C; ++j) *(Vector*)(c + i * s.N + WIDTH * j) = sum[i][j];
+    for (int j = 0; j < C; ++j) {
+      Vector* there = (Vector*)(c + i * s.N + WIDTH * j);
+      *there = from > 0 ? *there + sum[i][j] : sum[i][j];
+    }
 }
 
 template <int R, int C>
@@ -96,6 +97,8 @@ extern "C" void kernel(const float* a, const float* b, float* c, int64_t M, int6
 }
 """
 
+_LOCK = threading.Lock()
+
 torch.library.define("pyro_seq::blocked_product", "(Tensor left, Tensor right) -> Tensor")
 
 
@@ -115,7 +118,8 @@ def _form(left: Tensor, right: Tensor) -> Tensor:
 def is_faster(rows: int, width: int) -> bool:
     """Whether there is such a kernel here, which at such a size takes at most three quarters of the time of torch's product."""
     try:
-        kernel = _installed()
+        with _LOCK:
+            kernel = _installed()
     except Exception:  # no compiler, or an Inductor that is made otherwise
         return False
     a, b, out = (torch.ones(count, width, dtype=torch.float32, device="cpu") for count in (rows, width, rows))

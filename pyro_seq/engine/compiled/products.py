@@ -4,6 +4,7 @@ torch takes for them."""
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -15,7 +16,6 @@ from pyro_seq.engine.compiled import microkernel
 __all__ = ["linear", "turned_weights", "use_faster_products"]
 
 _aten = torch.ops.aten
-_TRANSPOSES = (_aten.t.default, _aten.transpose.int, _aten.permute.default)
 _LARGE = 2**21
 """Multiplications below which a product's overhead is what counts."""
 _MANY = 64
@@ -96,12 +96,32 @@ def use_faster_products(module: fx.GraphModule) -> None:
     module.recompile()
 
 
-def turned_weights(module: fx.GraphModule) -> list[fx.Node]:
-    """The transposes of placeholders that products of few rows are faster with if they lie by rows."""
-    found = [product.right for node in module.graph.nodes if (product := _Product.of(node)) is not None
-             and product.right.target in _TRANSPOSES and product.right.args[0].op == "placeholder"
-             and not _by_rows(product.right) and _is_ours(*product.sizes)]
-    return list(dict.fromkeys(found))
+def turned_weights(module: fx.GraphModule, live: Collection[fx.Node]) -> list[fx.Node]:
+    """Transposes of live tensors that our products read, and nothing else does, and would read faster if they lay by rows."""
+    found: dict[fx.Node, fx.Node] = {}
+    for node in list(module.graph.nodes):
+        product = _Product.of(node)
+        if product is None or _by_rows(product.right) or not _is_transpose(product.right) or not _is_ours(*product.sizes):
+            continue
+        weight = product.right.args[0]
+        if weight not in live:
+            continue
+        if weight not in found:
+            with module.graph.inserting_before(node):
+                found[weight] = module.graph.call_function(_aten.t.default, (weight,))
+            found[weight].meta = dict(product.right.meta)
+        node.args = (*node.args[:-1], found[weight])
+    module.recompile()
+    return list(found.values())
+
+
+def _is_transpose(node: fx.Node) -> bool:
+    """Whether it is the transpose of a matrix, however it is written."""
+    if node.target is _aten.t.default:
+        return True
+    dims = node.args[1] if node.target is _aten.permute.default else node.args[1:] if (
+        node.target is _aten.transpose.int) else ()
+    return sorted(dim % 2 for dim in dims) == [0, 1] and (node.target is _aten.transpose.int or dims[0] % 2 == 1)
 
 
 torch.library.define("pyro_seq::product", "(Tensor left, Tensor right, Tensor? bias) -> Tensor")
