@@ -1,4 +1,4 @@
-"""What compiling gains: ``python -m benchmarks.compiled [--rounds 5] [--device cpu|cuda] [--dtype float32|bfloat16]``.
+"""What compiling gains: ``python -m benchmarks.compiled [--rounds 15] [--device cpu|cuda] [--dtype float32|bfloat16]``.
 
 Training steps (loss and gradients; batch 20, 100 steps, 88 binary notes, 64 latents, one sample, no analytic KL) of the deep
 Markov model of ``elbo.py`` and of the VRNN and SRNN of ``pyro_seq.models`` (128 hidden units), each with a filtering network
@@ -278,7 +278,7 @@ def _posterior(method: Any, x: torch.Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled", description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds of each contestant (default 5)")
+    parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds of each contestant (default 15)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "compiled.csv")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the training steps")
