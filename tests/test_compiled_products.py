@@ -242,7 +242,8 @@ def sensitivity(parameters, run, expected):
 def test_steps_with_products_by_our_kernel(ours, monkeypatch, model, guide):
     """Value and gradients are those of the steps as written, ragged, while the weights change, and the loops call it.
 
-    Gradients to within ten times what rounding the weights does: in 24 runs they were at most as far off as that."""
+    Gradients to within 1e-5, those of an AVF beside ten times what rounding the weights does.
+    """
     from torch._inductor.select_algorithm import extern_kernels
 
     torch.set_default_dtype(torch.float32)
@@ -256,11 +257,14 @@ def test_steps_with_products_by_our_kernel(ours, monkeypatch, model, guide):
     parameters = [*model.parameters(), *guide.parameters()]
     for parameter in parameters:
         parameter.data += 0.02 * torch.randn_like(parameter)
+    is_avf = isinstance(guide, seq.AmortizedVariationalFilter)
     for _ in range(4):
         for parameter in parameters:
             parameter.data *= 1.03
         found, expected = (value_and_gradients(loss, model, guide, batch) for loss in (compiled, written))
         torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=0.0)
-        allowed = 1e-5 + 10 * sensitivity(parameters, lambda: value_and_gradients(written, model, guide, batch), expected)
+        allowed = 1e-5
+        if is_avf:
+            allowed += 10 * sensitivity(parameters, lambda: value_and_gradients(written, model, guide, batch), expected)
         assert apart(found, expected) <= allowed
     assert sum(rows == 4 for rows, *_ in sizes) >= 2 * 2 * 12  # in the last two rounds, at each step, there and back

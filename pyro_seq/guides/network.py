@@ -87,7 +87,8 @@ class Head(nn.Module):
         self.known.bias.data = both.bias.data.clone()
         # Each by itself: most have no gradient to be told, and some stay the same while others change.
         for name, weight in zip(added, of_added, strict=True):
-            self.register_parameter(f"added_{name}", nn.Parameter(weight.T.contiguous()))
+            if weight.numel():
+                self.register_parameter(f"added_{name}", nn.Parameter(weight.T.contiguous()))
         self.output = nn.Parameter(torch.zeros(hidden, outputs))
 
     def prepare(self, known: Tensor) -> Tensor:
