@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+PACKAGING := setup.cfg setup.py pyproject.toml constraints.txt pyro_seq/engine/native.c
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
 .NOTPARALLEL:
@@ -32,11 +33,11 @@ clean:  # The environment stays; rm -rf .venv to be rid of it.
 	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # One stamp for each of the extras in setup.cfg; the demo needs none.
-$(VENV)/demo.stamp: setup.cfg pyproject.toml constraints.txt | $(VENV)/venv.stamp
+$(VENV)/demo.stamp: $(PACKAGING) | $(VENV)/venv.stamp
 	$(INSTALL) .
 	touch $@
 
-$(VENV)/%.stamp: setup.cfg pyproject.toml constraints.txt | $(VENV)/venv.stamp
+$(VENV)/%.stamp: $(PACKAGING) | $(VENV)/venv.stamp
 	$(INSTALL) '.[$*]'
 	touch $@
 

@@ -26,6 +26,8 @@ from torch.distributions import (
     transform_to,
 )
 
+from pyro_seq.engine.native import fill_normal, normal_log_density
+
 __all__ = ["Family", "apart", "concatenate", "expand_rows", "has_moving_support", "in_support", "log_density", "rebuilt",
            "sample", "settings"]
 
@@ -287,6 +289,8 @@ def log_density(fn: Distribution, value: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         deviation = (value - base.loc) / base.scale
         half = torch.addcmul(base.scale.log(), deviation, deviation, value=0.5)
+    elif (found := normal_log_density(value, base.loc, base.scale)) is not None:
+        return found.flatten(found.dim() - events).sum(-1) if events else found
     else:  # in place, where that is a saving
         loc = base.loc
         if value.dim() and value.stride(0) == 0 == loc.stride(0):  # all rows alike, as one frame for many particles is
@@ -321,7 +325,7 @@ def _standard_normal(like: Tensor) -> Tensor:
     noise = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     if like.dtype == torch.float64 and like.device.type == "cpu":
         return noise.uniform_().add_(2.0**-54).mul_(2).sub_(1).erfinv_().mul_(math.sqrt(2))
-    return noise.normal_()
+    return fill_normal(noise)
 
 
 def in_support(fn: Distribution) -> Tensor:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import torch
+import ctypes
+import os
+import sys
 
 __all__ = ["keep_freed_memory"]
 
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # as malloc.h numbers them
+
 
 def keep_freed_memory() -> None:
-    """Let the C library keep up to 64 MB of what this process frees, for what it asks for next.
+    """Let the C library keep up to 512 MB of what this process frees, for what it asks for next.
 
     A step of many particles makes some tensors of megabytes and drops them. By default the C library of Linux gives such blocks
     back to the system at once, and the system zeroes them page by page when they are asked for again, at the next step, which
-    takes a good part of the time of such a step. The largest block that has been freed so far is what it takes for usual, up
-    to 32 MB, so that one of that size, which nobody ever writes to, is enough.
+    takes a good part of the time of such a step. Who sets ``MALLOC_TRIM_THRESHOLD_`` or ``MALLOC_MMAP_THRESHOLD_`` in the
+    environment has decided it; elsewhere than on Linux nothing is done.
 
-    Source: mallopt(3), on ``M_MMAP_THRESHOLD``.
+    Source: mallopt(3).
     """
-    torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
+    if not sys.platform.startswith("linux") or {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & set(os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, 2**25)  # the largest that it takes
+        mallopt(_TRIM_THRESHOLD, 2**29)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor, linalg
 
+from pyro_seq.engine import native
+
 __all__ = ["Weights"]
 
 
@@ -27,6 +29,8 @@ class Weights(NamedTuple):
     @staticmethod
     def of(log: Tensor) -> Weights:
         """:param log: ``(n, N)``, finite or minus infinity, not all of a row minus infinity."""
+        if (found := native.normalised(log)) is not None:
+            return Weights(log, *found)
         normalised = log.softmax(-1)
         largest = normalised.amax(-1)
         # It is that of the largest log weight, which gives the normalising constant.

@@ -22,6 +22,7 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.overrides import TorchFunctionMode
 
+from pyro_seq.engine.native import fill_normal
 from pyro_seq.engine.state import versions
 
 __all__ = ["Graph", "Noise", "Untraceable", "is_random", "is_traced", "trace", "unchanged_generator", "unvalidated"]
@@ -56,6 +57,8 @@ class Noise(NamedTuple):
 
     def fill(self, where: Tensor) -> Tensor:
         """Draw them into ``where``."""
+        if self.method == "normal_" and self.arguments in ((), (0.0, 1.0)):
+            return fill_normal(where)
         return getattr(where, self.method)(*self.arguments)
 
 

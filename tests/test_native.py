@@ -1,0 +1,244 @@
+"""The kernels in C do what torch does."""
+
+import math
+import shutil
+import sys
+import threading
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import pyro_seq as seq
+from pyro_seq.engine import native
+from pyro_seq.engine.families import log_density, sample
+from pyro_seq.engine.weights import Weights
+
+MANY = 2**15 + 5
+
+
+@pytest.fixture
+def kernels():
+    found = native._kernels()
+    if found is None:
+        pytest.skip("no kernels were compiled when the package was installed, or torch draws other numbers here")
+    return found
+
+
+@pytest.fixture(autouse=True)
+def numbers_and_threads_that_kernels_take(clean_slate):
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float32)
+    with torch.device("cpu"):
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or shutil.which("cc") is None or
+                    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
+                    reason="kernels draw what torch does with AVX2, and need a compiler when the package is installed")
+def test_kernels_are_there_where_they_can_be():
+    assert native._kernels() is not None
+
+
+@pytest.mark.parametrize("before", [0, 1, 623, 624, 1000])
+@pytest.mark.parametrize("count", [2**14, 2**14 + 1, 2**14 + 15, 2**14 + 16, 2**14 + 17, 100_003, 2048 * 16])
+def test_normal_numbers_are_those_of_torch(kernels, monkeypatch, before, count):
+    """Bit for bit, wherever the generator stands; and it goes on alike."""
+    called = count_calls(monkeypatch, "_draw")
+    found = []
+    for fill in (native.fill_normal, torch.Tensor.normal_):
+        torch.manual_seed(count)
+        torch.rand(before)
+        found.append((fill(torch.empty(count)), torch.rand(3), torch.randn(17)))
+    assert len(called) == 1
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def count_calls(monkeypatch, name):
+    called, usual = [], getattr(native, name)
+    monkeypatch.setattr(native, name, lambda *arguments: (called.append(name), usual(*arguments))[1])
+    return called
+
+
+def test_part_of_a_tensor_is_drawn_and_nothing_beside_it(kernels):
+    whole = torch.zeros(3, MANY)
+    torch.manual_seed(0)
+    assert native.fill_normal(whole[1]).data_ptr() == whole[1].data_ptr()
+    torch.manual_seed(0)
+    assert torch.equal(whole[1], torch.randn(MANY)) and not whole[0].any() and not whole[2].any()
+
+
+@pytest.mark.parametrize("out", [lambda: torch.empty(MANY, dtype=torch.float64), lambda: torch.empty(MANY, 2)[:, 0],
+                                 lambda: torch.empty(100)], ids=["double", "strided", "few"])
+def test_what_the_kernel_does_not_take_is_torchs(monkeypatch, out):
+    out = out()
+    called = count_calls(monkeypatch, "_draw")
+    torch.manual_seed(1)
+    found = native.fill_normal(out).clone()
+    torch.manual_seed(1)
+    assert not called and torch.equal(found, out.normal_())
+
+
+def test_numbers_that_another_thread_draws_meanwhile_are_not_drawn_again(kernels):
+    """The kernel works on a copy of the generator's state; here torch draws while it does, once."""
+
+    class Interrupted:
+        times = 0
+
+        def standard_normal(self, *arguments):
+            if self.times == 0:
+                torch.rand(700)
+            self.times += 1
+            kernels.standard_normal(*arguments)
+
+    torch.manual_seed(2)
+    out, program = torch.empty(MANY), Interrupted()
+    native._draw(program, out, torch.default_generator)
+    after = torch.rand(3)
+    torch.manual_seed(2)
+    torch.rand(700)
+    assert program.times == 2 and torch.equal(out, torch.randn(MANY)) and torch.equal(after, torch.rand(3))
+
+
+def test_threads_that_draw_at_once_share_no_numbers(kernels):
+    """Uniform numbers of 24 bits agree by chance now and then; a run of four never (2^-96)."""
+    out = [torch.empty(MANY) for _ in range(8)]
+    threads = [threading.Thread(target=native.fill_normal, args=(part,)) for part in out]
+    torch.manual_seed(3)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.manual_seed(3)
+    expected = {tuple(torch.randn(MANY)[:4].tolist()) for _ in range(8)}
+    assert {tuple(part[:4].tolist()) for part in out} == expected
+
+
+def test_transforms_and_graphs_see_torchs_operators(monkeypatch):
+    called = count_calls(monkeypatch, "_draw")
+    normal = dist.Normal(torch.zeros(MANY), 1.0)
+    drawn = torch.func.vmap(lambda x: sample(dist.Normal(x, 1.0)), randomness="same")(torch.zeros(2, MANY))
+    assert torch.equal(*drawn)
+    scales = torch.tensor([1.0, 2.0])
+    batched = torch.func.vmap(lambda s: log_density(dist.Normal(drawn[0], s), drawn[0] + s))(scales)
+    with torch.no_grad():
+        graph = make_fx(lambda x: log_density(normal, x) + sample(normal))(drawn[0])
+    assert torch.allclose(batched[:, 0], -0.5 - scales.log() - math.log(2 * math.pi) / 2) and not called
+    assert {torch.ops.aten.normal_.default, torch.ops.aten.log.default} <= {node.target for node in graph.graph.nodes}
+
+
+EPS = torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("value, loc, scale", [
+    ("all", "all", "all"), ("one", "all", "all"), ("all", "one", "all"), ("all", "all", "one"), ("one", "one", "one")])
+@pytest.mark.parametrize("shape", [(2**12,), (2**12 + 15,), (50, 101), (2**12 - 1, 1, 3)])
+def test_density_is_that_of_torch(kernels, monkeypatch, value, loc, scale, shape):
+    """To roundings of the terms: some units in the last place of the largest of them."""
+    torch.manual_seed(4)
+
+    def make(which, like):
+        return like if which == "all" else like.flatten()[0].expand(shape)
+
+    x, mean = make(value, torch.randn(shape)), make(loc, torch.randn(shape))
+    spread = make(scale, torch.exp(4 * torch.randn(shape)))
+    called = count_calls(monkeypatch, "_kernels")
+    with torch.no_grad():
+        found = log_density(dist.Normal(mean, spread), x)
+    half = ((x - mean).double() / spread).square() / 2
+    exact = -half - spread.double().log() - math.log(2 * math.pi) / 2
+    largest = half + spread.double().log().abs() + 1
+    assert called and found.dtype == torch.float32 and found.shape == shape
+    assert ((found - exact).abs() <= 8 * EPS * largest).all()
+
+
+def test_density_of_vectors_is_a_sum(kernels):
+    torch.manual_seed(5)
+    x, p = torch.randn(2000, 5), dist.Normal(torch.randn(2000, 5), torch.rand(2000, 5) + 0.1)
+    with torch.no_grad():
+        found = log_density(p.to_event(1), x)
+    assert torch.allclose(found.double(), dist.Normal(p.loc.double(), p.scale.double()).log_prob(x.double()).sum(-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("place", [0, 2**12 - 1, 2**12 + 3])
+@pytest.mark.parametrize("scale", [0.0, -0.0, -1.0, math.nan, math.inf, 1e-40, 2.0**-126])
+@pytest.mark.parametrize("value", [0.0, 1.0, math.nan, math.inf])
+def test_density_of_numbers_that_are_none(kernels, place, scale, value):
+    scales, values = torch.ones(2**12 + 4), torch.zeros(2**12 + 4)
+    scales[place], values[place] = scale, value
+    p = dist.Normal(torch.zeros(()).expand(len(scales)), scales, validate_args=False)
+    with torch.no_grad():
+        found, expected = log_density(p, values), p.log_prob(values)
+    # Torch squares the scale, which underflows: there the logarithm and the quotient, as they are written, decide.
+    expected[place] = -((values / scales) ** 2 / 2 + scales.log() + math.log(2 * math.pi) / 2)[place]
+    assert torch.allclose(found, expected, rtol=1e-6, equal_nan=True)
+
+
+def test_density_has_its_gradient():
+    x = torch.randn(MANY, requires_grad=True)
+    log_density(dist.Normal(0.0, torch.ones(MANY)), x).sum().backward()
+    assert torch.equal(x.grad, -x.detach())
+
+
+@pytest.mark.parametrize("n, particles, spread", [(1, 1, 1.0), (3, 15, 1.0), (3, 16, 1.0), (2, 1000, 30.0), (2, 2**17 + 3, 2.0),
+                                                  (1, 4096, 0.0)])
+def test_weights_are_those_of_torch(kernels, monkeypatch, n, particles, spread):
+    torch.manual_seed(6)
+    log = spread * torch.randn(n, particles) - 1000
+    if particles > 1:
+        log[:, ::3] = -math.inf
+    called = count_calls(monkeypatch, "_kernels")
+    found = Weights.of(log)
+    exact = Weights.of(log.double())
+    assert called
+    # Differences of such log weights are exact, and sums are in double precision; below exp(-87) a weight counts as zero.
+    for one, other in zip(found[1:], exact[1:], strict=True):
+        assert one.dtype == torch.float32 and one.shape == other.shape
+        assert torch.allclose(one.double(), other, rtol=1e-6, atol=math.exp(-87))
+
+
+@pytest.mark.parametrize("place", [0, 31, 33])
+@pytest.mark.parametrize("what", [math.nan, -math.nan, math.inf])
+def test_weights_that_are_none_say_so_in_their_row_alone(kernels, place, what):
+    log = torch.zeros(3, 34)
+    log[1, place] = what
+    found = Weights.of(log)
+    assert found.normalised[1].isnan().all() and all(part[1].isnan() for part in found[2:])
+    assert torch.equal(found.normalised[::2], torch.full((2, 34), 1 / 34)) and found.ess[::2].allclose(torch.tensor(34.0))
+    assert Weights.of(torch.full((1, 40), -math.inf)).log_mean.isnan().all()
+
+
+def test_weights_have_their_gradient():
+    log = torch.randn(2, 50, requires_grad=True)
+    Weights.of(log).log_mean.sum().backward()
+    assert torch.allclose(log.grad, log.detach().softmax(-1))
+
+
+class Walk(seq.StateSpaceModel):
+    def initial(self):
+        return pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    def transition(self, z):
+        return pyro.sample("z", dist.Normal(0.9 * z, 0.5))
+
+    def emission(self, z, x=None):
+        return pyro.sample("x", dist.Normal(z, torch.exp(0.5 * z)), obs=x)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_filter_is_the_same_without_kernels(kernels, monkeypatch, compiled):
+    """The particles bit for bit, until a weight's last digit decides an ancestor; the estimates to roundings."""
+    x = torch.tensor([[0.3, -1.0, 2.0, 0.1, 0.5]])
+    found = []
+    for there in (kernels, None):
+        monkeypatch.setattr(native, "_kernels", lambda there=there: there)
+        torch.manual_seed(7)
+        found.append(seq.ParticleFilter(Walk(), 20_000, compile=compiled).run(x))
+    ours, theirs = found
+    assert torch.allclose(ours.log_evidence, theirs.log_evidence, rtol=1e-5)
+    assert torch.allclose(ours.ess, theirs.ess, rtol=1e-4)
+    assert torch.allclose(ours.filtered["z"].mean, theirs.filtered["z"].mean, atol=1e-4)
