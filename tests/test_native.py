@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyro_seq as seq
 from pyro_seq.engine import native
+from pyro_seq.engine.compiled.trace import Noise
 from pyro_seq.engine.families import log_density, sample
 from pyro_seq.engine.weights import Weights
 
@@ -242,3 +243,14 @@ def test_a_filter_is_the_same_without_kernels(kernels, monkeypatch, compiled):
     assert torch.allclose(ours.log_evidence, theirs.log_evidence, rtol=1e-5)
     assert torch.allclose(ours.ess, theirs.ess, rtol=1e-4)
     assert torch.allclose(ours.filtered["z"].mean, theirs.filtered["z"].mean, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(16,), (20, 64), (3, 16, 5), (400, 64)])
+def test_numbers_of_several_steps_at_once_are_those_of_one_after_the_other(dtype, shape):
+    noise = Noise("normal_", (), shape, dtype, torch.device("cpu"))
+    torch.manual_seed(8)
+    one_by_one = torch.stack([noise.draw() for _ in range(7)])
+    torch.manual_seed(8)
+    assert noise.is_divisible and torch.equal(noise.fill(torch.empty(7, *shape, dtype=dtype)), one_by_one)
+    assert not noise._replace(shape=(20, 3)).is_divisible and not noise._replace(method="exponential_").is_divisible

@@ -117,6 +117,8 @@ class _Steps:
         """The noise of so many steps ``(T, ...)``, drawn in the order in which the steps draw it."""
         made = torch.empty if min(counts) == self.rows else torch.zeros
         drawn = [made((len(counts), *noise.shape), dtype=noise.dtype, device=noise.device) for noise in self.noise]
+        if len(drawn) == 1 and min(counts) == self.rows and self.noise[0].is_divisible:
+            return [self.noise[0].fill(drawn[0])]
         for place, count in enumerate(counts):
             for noise, stack in zip(self.noise, drawn, strict=True):
                 noise.fill(stack[place] if count == self.rows else stack[place, :count])

@@ -6,6 +6,7 @@ eager and compiled steps draw the same.
 
 from __future__ import annotations
 
+import math
 import random
 import traceback
 from collections.abc import Callable, Iterator
@@ -49,6 +50,12 @@ class Noise(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def is_divisible(self) -> bool:
+        """Whether several such tensors drawn at once are what they are one by one: torch makes 16 normal numbers at a time on a
+        CPU, and begins anew with each tensor."""
+        return self.method == "normal_" and self.device.type == "cpu" and math.prod(self.shape) % 16 == 0
 
     def draw(self, rows: int | None = None) -> Tensor:
         """:param rows: of the first dimension; all by default."""
