@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-PACKAGING := setup.cfg setup.py pyproject.toml constraints.txt pyro_seq/engine/native.c
+PACKAGING := setup.cfg setup.py pyproject.toml constraints.txt pyro_seq/engine/native.cpp
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
 .NOTPARALLEL:

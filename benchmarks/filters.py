@@ -5,7 +5,8 @@ sample size is below half, no history; median of interleaved runs. ``particles``
 filtering mean and variance of every step, so ``particles`` is asked to collect them too; once more it gives the evidence
 alone. Pyro's filter keeps neither evidence nor moments; it runs in float64, since in float32 its resampling fails with an
 IndexError at 100 000 particles. ``cuthbert``, where it is installed, runs jitted in float32, after its compilation, up to
-100 000 particles (it keeps all of every step). The floor is N normal numbers a step and one pass over memory.
+100 000 particles (it keeps all of every step). The floor is N normal numbers of torch a step and one pass over
+memory; the kernels in C++, left out once for comparison, draw them faster.
 ``many``: 1000 series of 25 steps, 100 particles each, at once and one by one.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyro
@@ -22,6 +24,7 @@ import torch
 
 import pyro_seq as seq
 from benchmarks.timing import interleaved
+from pyro_seq.engine import native
 
 __all__ = ["many", "run"]
 
@@ -57,6 +60,10 @@ def run(num_particles: int, rounds: int) -> dict[str, float]:
         torch.set_default_dtype(dtype)
         evidence[str(dtype)] = seq.ParticleFilter(model, num_particles).run(x.to(dtype)).total_log_evidence
 
+    def by_torch() -> None:
+        with patch.object(native, "_kernels", lambda: None):
+            ours(torch.float32)
+
     def package(collect: list | None = None) -> None:
         filter_ = particles.SMC(fk=state_space_models.Bootstrap(ssm=theirs, data=data), N=num_particles,
                                 resampling="systematic", ESSrmin=0.5, collect=collect)
@@ -69,7 +76,8 @@ def run(num_particles: int, rounds: int) -> dict[str, float]:
             z = z + torch.randn(num_particles, dtype=torch.float32)
 
     contestants: dict[str, Callable[[], Any]] = {
-        "float32": lambda: ours(torch.float32), "float64": lambda: ours(torch.float64),
+        "float32": lambda: ours(torch.float32), "float32, without kernels in C++": by_torch,
+        "float64": lambda: ours(torch.float64),
         "particles": lambda: package([collectors.Moments()]), "particles, evidence alone": package,
         "Pyro SMCFilter, float64": lambda: pyro_filter(num_particles, data), "floor": floor}
     if num_particles <= 100_000 and (jitted := cuthbert_filter(num_particles, data)) is not None:

@@ -1,4 +1,4 @@
-"""The kernels in C do what torch does."""
+"""The kernels in C++ do what torch does."""
 
 import math
 import shutil
@@ -38,7 +38,7 @@ def numbers_and_threads_that_kernels_take(clean_slate):
     torch.set_num_threads(before)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux") or shutil.which("cc") is None or
+@pytest.mark.skipif(not sys.platform.startswith("linux") or shutil.which("c++") is None or
                     torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
                     reason="kernels draw what torch does with AVX2, and need a compiler when the package is installed")
 def test_kernels_are_there_where_they_can_be():

@@ -1,8 +1,8 @@
-"""Kernels in C of what takes an eager step of many particles its time: normal numbers, their log density, normalised weights.
+"""Kernels in C++ of what takes an eager step of many particles its time: normal numbers, their log density, normalised weights.
 
 Torch draws normal numbers one at a time, and takes a pass over memory for each term of a density. The kernels do at once what
-can be done while a number is at hand; ``native.c`` is compiled when the package is installed. Without them (no compiler then, a
-GPU, numbers of another type) torch does the same. The normal numbers are torch's own, bit for bit, which is tried once in each
+can be done while a number is at hand; ``native.cpp`` is compiled when the package is installed. Without them (no compiler then,
+a GPU, numbers of another type) torch does the same. The normal numbers are torch's own, bit for bit, which is tried once in each
 process.
 """
 
