@@ -2,8 +2,8 @@
 
 Torch draws normal numbers one at a time, and takes a pass over memory for each term of a density. The kernels do at once what
 can be done while a number is at hand; ``native.cpp`` is compiled when the package is installed. Without them (no compiler then,
-a GPU, numbers of another type) torch does the same. The normal numbers are torch's own, bit for bit, which is tried once in each
-process.
+a GPU, numbers of another type) torch does the same. The normal numbers are torch's own, bit for bit, which is tried once in
+each process.
 """
 
 from __future__ import annotations
