@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyro_seq as seq
@@ -119,6 +120,39 @@ def test_threads_that_draw_at_once_share_no_numbers(kernels):
     assert {tuple(part[:4].tolist()) for part in out} == expected
 
 
+def test_a_signal_may_draw_during_a_draw(kernels):
+    """What interrupts a draw in its own thread finds no lock, and the draw is done again after it."""
+
+    class Interrupted:
+        times = 0
+
+        def standard_normal(self, *arguments):
+            self.times += 1
+            if self.times == 1:
+                native.fill_normal(torch.empty(MANY))
+            kernels.standard_normal(*arguments)
+
+    torch.manual_seed(2)
+    out = torch.empty(MANY)
+    native._draw(Interrupted(), out, torch.default_generator)
+    torch.manual_seed(2)
+    torch.randn(MANY)
+    assert torch.equal(out, torch.randn(MANY))
+
+
+def test_zeros_are_positive_as_torchs_are(kernels):
+    """A uniform number of zero comes once in 2^24, and leaves a radius of zero. Here a state is made that gives some."""
+    generators = [torch.Generator("cpu").manual_seed(0) for _ in range(2)]
+    state = generators[0].get_state()
+    state[24:24 + 8 * 624] = 0
+    found = torch.empty(64), torch.empty(64)
+    for generator in generators:
+        generator.set_state(state)
+    native._draw(kernels, found[0], generators[0])
+    found[1].normal_(generator=generators[1])
+    assert not found[0].any() and torch.equal(*[part.view(torch.int32) for part in found])
+
+
 def test_transforms_and_graphs_see_torchs_operators(monkeypatch):
     called = count_calls(monkeypatch, "_draw")
     normal = dist.Normal(torch.zeros(MANY), 1.0)
@@ -130,6 +164,41 @@ def test_transforms_and_graphs_see_torchs_operators(monkeypatch):
         graph = make_fx(lambda x: log_density(normal, x) + sample(normal))(drawn[0])
     assert torch.allclose(batched[:, 0], -0.5 - scales.log() - math.log(2 * math.pi) / 2) and not called
     assert {torch.ops.aten.normal_.default, torch.ops.aten.log.default} <= {node.target for node in graph.graph.nodes}
+
+
+def test_another_default_device_is_left_alone(kernels):
+    """Results lie where the arguments do."""
+    native._kernels.cache_clear()
+    log, x, p = torch.zeros(2, 40), torch.zeros(MANY), dist.Normal(torch.zeros(MANY), 1.0)
+    with torch.device("meta"), torch.no_grad():
+        assert Weights.of(log).ess.allclose(torch.tensor([40.0, 40.0], device="cpu"))
+        assert log_density(p, x).device.type == sample(p).device.type == "cpu"
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch about torch
+def test_forward_derivatives_are_not_lost(kernels):
+    log = torch.randn(1, MANY)
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = forward_ad.make_dual(log, torch.ones_like(log))
+        assert forward_ad.unpack_dual(Weights.of(dual).log_mean).tangent.allclose(torch.ones(1))
+        assert forward_ad.unpack_dual(log_density(dist.Normal(torch.zeros(1, MANY), 1.0), dual)).tangent.allclose(-log)
+
+
+def test_torch_compile_sees_torchs_operators(kernels):
+    normal = torch.zeros(MANY), torch.ones(MANY)
+
+    def fn(x, log):
+        p = dist.Normal(*normal, validate_args=False)
+        return log_density(p, x), sample(p), Weights.of(log).normalised
+
+    with torch.no_grad():
+        found = torch.compile(fn, backend="eager", fullgraph=True)(torch.zeros(MANY), torch.zeros(1, 50))
+    assert found[0].allclose(torch.tensor(-math.log(2 * math.pi) / 2)) and found[2].allclose(torch.tensor(0.02))
+
+
+def test_negative_views_are_read_as_what_they_are(kernels):
+    log = torch._neg_view(torch.randn(2, 40))
+    assert Weights.of(log).normalised.allclose(log.softmax(-1))
 
 
 EPS = torch.finfo(torch.float32).eps
@@ -155,6 +224,24 @@ def test_density_is_that_of_torch(kernels, monkeypatch, value, loc, scale, shape
     largest = half + spread.double().log().abs() + 1
     assert called and found.dtype == torch.float32 and found.shape == shape
     assert ((found - exact).abs() <= 8 * EPS * largest).all()
+
+
+def test_a_density_depends_neither_on_its_place_nor_on_its_neighbours(kernels):
+    torch.manual_seed(9)
+    for _ in range(50):
+        x, mean, scale = torch.randn(()), torch.randn(()), torch.rand(()) + 0.01
+        x, mean, scale = (value * torch.ones(2**12 + 13) for value in (x, mean, scale))
+        scale[::1000] = math.inf
+        with torch.no_grad():
+            found = log_density(dist.Normal(mean, scale, validate_args=False), x)
+        assert len(found[scale.isfinite()].unique()) == 1 and (found[::1000] == -math.inf).all()
+
+
+def test_a_weight_does_not_depend_on_its_place(kernels):
+    torch.manual_seed(10)
+    log = torch.randn(50, 1).expand(50, 45).clone()
+    log[:, 0] = 1.0
+    assert all(len(row[1:].unique()) == 1 for row in Weights.of(log).normalised)
 
 
 def test_density_of_vectors_is_a_sum(kernels):
@@ -211,6 +298,11 @@ def test_weights_that_are_none_say_so_in_their_row_alone(kernels, place, what):
     assert found.normalised[1].isnan().all() and all(part[1].isnan() for part in found[2:])
     assert torch.equal(found.normalised[::2], torch.full((2, 34), 1 / 34)) and found.ess[::2].allclose(torch.tensor(34.0))
     assert Weights.of(torch.full((1, 40), -math.inf)).log_mean.isnan().all()
+
+
+def test_weights_of_another_form_are_torchs():
+    assert native.normalised(torch.zeros(40)) is native.normalised(torch.zeros(0, 40)) is None
+    assert native.normalised(torch.zeros(2, 0)) is native.normalised(torch.zeros(2, 2, 40)) is None
 
 
 def test_weights_have_their_gradient():

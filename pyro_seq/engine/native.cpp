@@ -191,8 +191,8 @@ struct By {
     Reals sine, cosine;
     const Reals radius = square_root(-2.0f * logarithm(1.0f - u));
     sine_and_cosine(6.2831853071795864769f * v, sine, cosine);
-    u = radius * cosine;
-    v = radius * sine;
+    u = radius * cosine + 0.0f;  // no negative zeros
+    v = radius * sine + 0.0f;
   }
 
   // n a multiple of BLOCK.
@@ -236,10 +236,23 @@ struct By {
 
   INLINE Reals load(const float* from, int64_t stride, int64_t i) { return stride ? load(from + i) : all(*from); }
 
+  // The numbers that are left at the end go the same way as the others, among those of a filler.
+  INLINE Reals load_some(const float* from, int64_t count, float filler) {
+    Reals x = all(filler);
+    std::memcpy(&x, from, sizeof(float) * count);
+    return x;
+  }
+  INLINE Reals load_some(const float* from, int64_t stride, int64_t i, int64_t count) {
+    return stride ? load_some(from + i, count, 1) : all(*from);
+  }
+
   INLINE Reals log_density(Reals value, Reals loc, Reals scale, Reals log_scale) {
     const Reals deviation = (value - loc) / scale;
     return -(log_scale + 0.5f * deviation * deviation + 0.91893853320467274178f);
   }
+
+  // The sign bits say of which numbers `logarithm` is not: zero, negative, subnormal, infinite or none.
+  INLINE Words unusual(Reals x) { return (Words)x | ((Words)x - 0x00800000u) | (0x7f7fffffu - (Words)x); }
 
   // Of n values under their distributions; a stride is 1, or 0 where all are the same.
   INLINE void normal_log_density(const float* value, int64_t value_stride, const float* loc, int64_t loc_stride,
@@ -247,19 +260,27 @@ struct By {
     for (int64_t i = 0; i < n; i += CHUNK) {
       const int64_t stop = std::min(n, i + CHUNK);
       int64_t j = i;
-      Words unusual{};
+      Words found{};
       for (; j + WIDTH <= stop; j += WIDTH) {
         const Reals s = load(scale, scale_stride, j);
-        unusual |= (Words)s | ((Words)s - 0x00800000u) | (0x7f7fffffu - (Words)s);
+        found |= unusual(s);
         store(out + j, log_density(load(value, value_stride, j), load(loc, loc_stride, j), s, logarithm(s)));
       }
-      uint32_t any = 0;
-      for (int k = 0; k < WIDTH; ++k) any |= unusual[k];
-      if (any >> 31) j = i;  // zero, negative, subnormal, infinite or no number
-      for (; j < stop; ++j) {
-        const float s = scale[j * scale_stride];
-        out[j] = log_density(all(value[j * value_stride]), all(loc[j * loc_stride]), all(s), all(std::log(s)))[0];
+      if (const int64_t left = stop - j) {
+        const Reals s = load_some(scale, scale_stride, j, left);
+        found |= unusual(s);
+        const Reals last = log_density(load_some(value, value_stride, j, left), load_some(loc, loc_stride, j, left), s,
+                                       logarithm(s));
+        std::memcpy(out + j, &last, sizeof(float) * left);
       }
+      uint32_t any = 0;
+      for (int k = 0; k < WIDTH; ++k) any |= found[k];
+      if (any >> 31)
+        for (j = i; j < stop; ++j) {
+          const Reals s = all(scale[j * scale_stride]);
+          if (unusual(s)[0] >> 31)
+            out[j] = log_density(all(value[j * value_stride]), all(loc[j * loc_stride]), s, all(std::log(s[0])))[0];
+        }
     }
   }
 
@@ -269,25 +290,29 @@ struct By {
     return found;
   }
 
+  INLINE Words no_number(Reals x) { return 0x7f800000u - ((Words)x & 0x7fffffffu); }  // by the sign bits
+
+  // The exponential of what is not above zero; zero where it is negligible.
+  INLINE Reals shared(Reals x) {
+    constexpr float NEGLIGIBLE = -87;
+    const Ints there = ~((Ints)(x - NEGLIGIBLE) >> 31);
+    return (Reals)((Ints)exponential(larger(all(NEGLIGIBLE), x)) & there);
+  }
+
   // Normalise n rows of N log weights; for each row the log of their mean, the effective sample size and the largest share.
   INLINE void normalise(const float* log_weight, float* share, float* log_mean, float* size, float* largest, int64_t n,
                         int64_t N) {
-    constexpr float NEGLIGIBLE = -87;
     for (int64_t row = 0; row < n; ++row, log_weight += N, share += N) {
-      Reals most = all(-INFINITY);
-      Words strange{};
-      float top = -INFINITY;
-      bool none = false;
-      int64_t i = 0;
-      for (; i + WIDTH <= N; i += WIDTH) {
+      const int64_t whole = N / WIDTH * WIDTH, left = N - whole;
+      Reals most = load_some(log_weight + whole, left, -INFINITY);
+      Words strange = no_number(most);
+      for (int64_t i = 0; i < whole; i += WIDTH) {
         const Reals x = load(log_weight + i);
         most = larger(most, x);
-        strange |= 0x7f800000u - ((Words)x & 0x7fffffffu);  // no number
+        strange |= no_number(x);
       }
-      for (; i < N; ++i) {
-        top = std::max(top, log_weight[i]);
-        none |= std::isnan(log_weight[i]);
-      }
+      float top = -INFINITY;
+      bool none = false;
       for (int k = 0; k < WIDTH; ++k) {
         top = std::max(top, most[k]);
         none |= strange[k] >> 31;
@@ -297,29 +322,23 @@ struct By {
         log_mean[row] = size[row] = largest[row] = NAN;
         continue;
       }
-      double total = 0, squares = 0;
-      for (i = 0; i < N;) {  // in parts, whose roundings do not add up
-        const int64_t stop = std::min(N, i + CHUNK);
+      const Reals last = shared(load_some(log_weight + whole, left, -INFINITY) - top);
+      std::memcpy(share + whole, &last, sizeof(float) * left);
+      double total = sum(last), squares = sum(last * last);
+      for (int64_t i = 0; i < whole;) {  // in parts, whose roundings do not add up
+        const int64_t stop = std::min(whole, i + CHUNK);
         Reals some{}, squared{};
-        for (; i + WIDTH <= stop; i += WIDTH) {
-          const Reals x = load(log_weight + i) - top;
-          const Ints there = ~((Ints)(x - NEGLIGIBLE) >> 31);
-          const Reals e = (Reals)((Ints)exponential(larger(all(NEGLIGIBLE), x)) & there);
+        for (; i < stop; i += WIDTH) {
+          const Reals e = shared(load(log_weight + i) - top);
           store(share + i, e);
           some += e;
           squared += e * e;
-        }
-        for (; i < stop; ++i) {
-          const float e = std::exp(log_weight[i] - top);
-          share[i] = e;
-          total += e;
-          squares += e * e;
         }
         total += sum(some);
         squares += sum(squared);
       }
       const float scale = (float)(1 / total);
-      for (i = 0; i < N; ++i) share[i] *= scale;
+      for (int64_t i = 0; i < N; ++i) share[i] *= scale;
       log_mean[row] = (float)(top + std::log(total / (double)N));
       size[row] = (float)(total * total / squares);
       largest[row] = scale;

@@ -24,7 +24,7 @@ _LEAST_DRAWN, _LEAST_SCORED = 2**14, 2**12
 _MOST_THREADS = 4
 """With more of them torch's passes over memory, which it shares out among threads, take less time than the kernel's one."""
 
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()  # what interrupts a draw, such as a signal's handler, may draw too
 
 
 def fill_normal(out: Tensor) -> Tensor:
@@ -40,15 +40,17 @@ def normal_log_density(value: Tensor, loc: Tensor, scale: Tensor) -> Tensor | No
 
     :param value: with ``loc`` and ``scale``, of one shape.
     """
-    if value.numel() < _LEAST_SCORED or torch.get_num_threads() > _MOST_THREADS or (kernels := _kernels()) is None:
+    if value.numel() < _LEAST_SCORED or not all(part.shape == value.shape and _is_plain(part) for part in (value, loc, scale)):
+        return None
+    if torch.get_num_threads() > _MOST_THREADS or (kernels := _kernels()) is None:
         return None
     arguments: list[int] = []
     for part in (value, loc, scale):
         alike = not any(part.stride())
-        if part.shape != value.shape or not _is_plain(part) or not (alike or part.is_contiguous()):
+        if not alike and not part.is_contiguous():
             return None
         arguments.extend((part.data_ptr(), 0 if alike else 1))
-    out = torch.empty(value.shape, dtype=value.dtype)
+    out = torch.empty(value.shape, dtype=value.dtype, device=value.device)
     kernels.normal_log_density(*arguments, out.data_ptr(), out.numel())
     return out
 
@@ -61,31 +63,41 @@ def normalised(log_weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | N
     """
     if log_weights.requires_grad and torch.is_grad_enabled() or not _is_plain(log_weights) or not log_weights.is_contiguous():
         return None
-    if torch.get_num_threads() > _MOST_THREADS or (kernels := _kernels()) is None:
+    if log_weights.dim() != 2 or not log_weights.numel() or torch.get_num_threads() > _MOST_THREADS or (
+            kernels := _kernels()) is None:
         return None
     n, particles = log_weights.shape
-    found = torch.empty_like(log_weights), *torch.empty(3, n, dtype=log_weights.dtype).unbind()
+    few = torch.empty(3, n, dtype=log_weights.dtype, device=log_weights.device)
+    found = torch.empty_like(log_weights), *few.unbind()
     kernels.normalise(log_weights.data_ptr(), *[part.data_ptr() for part in found], n, particles)
     return found
 
 
 def _is_plain(value: Tensor) -> bool:
     """Whether the kernels can take the numbers as they lie, with no transform around that would see what torch does to them."""
+    if torch.compiler.is_compiling() or value.dtype != torch.float32 or value.device.type != "cpu":
+        return False
     # Torch has no public names for these questions.
-    return (value.dtype == torch.float32 and value.device.type == "cpu" and type(value) in (Tensor, torch.nn.Parameter)
+    return (type(value) in (Tensor, torch.nn.Parameter) and not value.is_neg() and not value._is_zerotensor()
             and torch._C._len_torch_dispatch_stack() == 0 and torch._C._functorch.peek_interpreter_stack() is None
-            and torch._C._get_tracing_state() is None and not torch.compiler.is_compiling())
+            and torch._C._get_tracing_state() is None and torch.autograd.forward_ad._current_level < 0)
 
 
 def _draw(kernels: ctypes.CDLL, out: Tensor, generator: torch.Generator) -> None:
+    """Draw on a copy of the generator's state, and let it go on from there. The lock that torch has for its own draws cannot be
+    had here: where another thread has drawn meanwhile, it is done again."""
     with _LOCK:
         while True:
             before = generator.get_state()
             after = before.clone()
             kernels.standard_normal(after.data_ptr(), out.data_ptr(), out.numel())
-            if torch.equal(generator.get_state(), before):  # or another thread has drawn by torch meanwhile
+            if _bytes(generator.get_state()) == _bytes(before):  # holding Python's lock, up to the next line
                 break
         generator.set_state(after)
+
+
+def _bytes(state: Tensor) -> bytes:
+    return state.numpy().tobytes()
 
 
 @cache
@@ -101,11 +113,11 @@ def _kernels() -> ctypes.CDLL | None:
         found.standard_normal.restype = found.normal_log_density.restype = found.normalise.restype = None
     except (OSError, AttributeError):  # not compiled, or of another version
         return None
-    ours, theirs = (torch.Generator().manual_seed(0) for _ in range(2))
+    ours, theirs = (torch.Generator("cpu").manual_seed(0) for _ in range(2))
     if len(ours.get_state()) != 5056:  # another generator than the one it knows
         return None
     for count in (1000, 4096 + 17):
-        numbers = torch.empty(count, dtype=torch.float32)
+        numbers = torch.empty(count, dtype=torch.float32, device="cpu")
         _draw(found, numbers, ours)
         if not torch.equal(numbers, torch.empty_like(numbers).normal_(generator=theirs)):
             return None
