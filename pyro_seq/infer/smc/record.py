@@ -14,6 +14,7 @@ from pyro_seq.engine.loop import Step, pad_rows
 from pyro_seq.engine.state import State, map_state
 from pyro_seq.engine.weights import Weights
 from pyro_seq.infer.smc.families import Families
+from pyro_seq.infer.smc.kept import Kept
 from pyro_seq.sequences import Packed
 
 __all__ = ["Measured", "Origins", "Record", "Told", "moments_of", "take_down", "tell", "values_of"]
@@ -62,13 +63,12 @@ class Record:
     def __init__(self, packed: Packed, particles: int, measured: Measured = values_of, history: bool = False):
         self.packed, self.particles, self.measured, self.history = packed, particles, measured, history
         self.smooths_by_ancestors = self.reads_steps = history
-        self.factors: list[Tensor] = []
-        self.ess_found: list[Tensor] = []
-        self.largest_found: list[Tensor] = []
+        steps = len(packed.counts)
+        self.factors, self.ess_found, self.largest_found = Kept(steps), Kept(steps), Kept(steps)
         self.families: Families | None = None
         self.errors: list[Tensor] = []
-        self.means: dict[str, list[Tensor]] = {}
-        self.variances: dict[str, list[Tensor]] = {}
+        self.means: dict[str, Kept] = {}
+        self.variances: dict[str, Kept] = {}
         self.steps: list[Step] = []
         self.ended: list[tuple[State, Tensor]] = []
         self.last: tuple[State, Weights] | None = None
@@ -96,15 +96,17 @@ class Record:
         self.ess_found.append(ess)
         self.largest_found.append(largest)
         for name, (mean, variance) in moments.items():
-            self.means.setdefault(name, []).append(mean)
-            self.variances.setdefault(name, []).append(variance)
+            if name not in self.means:
+                self.means[name], self.variances[name] = Kept(self.factors.steps), Kept(self.factors.steps)
+            self.means[name].append(mean)
+            self.variances[name].append(variance)
 
     def finish(self) -> None:
         self.set_aside(0)
 
     def evidence(self) -> Tensor:
         """``(B, T)`` log of each step's factor of the evidence; zero past a sequence's end."""
-        return self.padded(self.factors)
+        return self.packed.unsort(self.factors.by_time())
 
     def standard_error(self) -> Tensor:
         """``(B,)`` of the log evidence, NaN where one run cannot tell."""
@@ -112,15 +114,16 @@ class Record:
 
     def ess(self) -> Tensor:
         """``(B, T)``"""
-        return self.padded(self.ess_found)
+        return self.packed.unsort(self.ess_found.by_time())
 
     def largest(self) -> Tensor:
         """``(B, T)`` the largest share of the weight that one particle has."""
-        return self.padded(self.largest_found)
+        return self.packed.unsort(self.largest_found.by_time())
 
     def moments(self) -> dict[str, tuple[Tensor, Tensor]]:
         """By site, the mean and variance ``(B, T, ...)`` of what each time's weighted particles say of it."""
-        return {name: (self.padded(self.means[name]), self.padded(self.variances[name])) for name in self.means}
+        return {name: (self.packed.unsort(self.means[name].by_time()), self.packed.unsort(self.variances[name].by_time()))
+                for name in self.means}
 
     def smoothed(self) -> dict[str, tuple[Tensor, Tensor]]:
         """By site, the mean and variance ``(B, T, ...)`` given all of the data: here over the ancestors of the last particles,
