@@ -24,6 +24,11 @@ _LEAST_DRAWN, _LEAST_SCORED = 2**14, 2**12
 _MOST_THREADS = 4
 """With more of them torch's passes over memory, which it shares out among threads, take less time than the kernel's one."""
 
+# Torch has no public names for what _is_plain asks; where these are others, torch does it all.
+_CAN_TELL = all((
+    hasattr(torch._C, "_len_torch_dispatch_stack"), hasattr(torch._C, "_get_tracing_state"),
+    hasattr(torch._C._functorch, "peek_interpreter_stack"), hasattr(torch.autograd.forward_ad, "_current_level")))
+
 _LOCK = threading.RLock()  # what interrupts a draw, such as a signal's handler, may draw too
 
 
@@ -75,9 +80,8 @@ def normalised(log_weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | N
 
 def _is_plain(value: Tensor) -> bool:
     """Whether the kernels can take the numbers as they lie, with no transform around that would see what torch does to them."""
-    if torch.compiler.is_compiling() or value.dtype != torch.float32 or value.device.type != "cpu":
+    if torch.compiler.is_compiling() or value.dtype != torch.float32 or value.device.type != "cpu" or not _CAN_TELL:
         return False
-    # Torch has no public names for these questions.
     return (type(value) in (Tensor, torch.nn.Parameter) and not value.is_neg() and not value._is_zerotensor()
             and torch._C._len_torch_dispatch_stack() == 0 and torch._C._functorch.peek_interpreter_stack() is None
             and torch._C._get_tracing_state() is None and torch.autograd.forward_ad._current_level < 0)
