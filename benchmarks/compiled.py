@@ -50,7 +50,7 @@ import pyro_seq as seq  # noqa: E402
 from benchmarks import elbo, filters, jaxed, kalman, loops  # noqa: E402
 from benchmarks.elbo import BATCH, HIDDEN, LATENT, NOTES, STEPS  # noqa: E402
 from benchmarks.timing import interleaved  # noqa: E402
-from pyro_seq.engine.memory import keep_freed_memory  # noqa: E402
+from pyro_seq.engine.memory import MMAP_THRESHOLD, TRIM_THRESHOLD, keep_freed_memory  # noqa: E402
 from pyro_seq.models import SRNN, VRNN  # noqa: E402
 
 __all__ = ["GUIDES", "MODELS", "Machine", "build", "exact", "main", "particle_filter", "training_step"]
@@ -62,7 +62,6 @@ GUIDES = {
     "AVF, K=1": lambda model: seq.AmortizedVariationalFilter(model, 1),
     "AVF, K=2": lambda model: seq.AmortizedVariationalFilter(model, 2)}
 LOOPS = {"DMM": elbo.spelled_out, "VRNN": loops.vrnn, "SRNN": loops.srnn}
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 STIRRED = 0.005
 """The standard deviation of what is added to each weight."""
 SHARED = 1e-4
@@ -162,8 +161,8 @@ def _peak_megabytes(fn: Callable[[], Any]) -> float:
     gc.collect()
     try:
         library = ctypes.CDLL(None)
-        library.mallopt(_M_MMAP_THRESHOLD, 2**18)
-        library.mallopt(_M_TRIM_THRESHOLD, 0)
+        library.mallopt(MMAP_THRESHOLD, 2**18)
+        library.mallopt(TRIM_THRESHOLD, 0)
         fn()
         library.malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is held

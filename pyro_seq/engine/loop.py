@@ -10,7 +10,6 @@ Every forward method is this loop with its own guide and its own ``between``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import pyro
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_seq.engine.families import apart, rebuilt
+from pyro_seq.engine.padded import pad_rows
 from pyro_seq.engine.rows import check_rows
 from pyro_seq.engine.sites import Site, StepSites, draw
 from pyro_seq.engine.state import State, by_step, check_state, leaves, map_state, versions
@@ -335,16 +335,3 @@ def simulate(model: Any, sequences: Sequences) -> dict[str, Tensor]:
         for name, site in sites.items():
             drawn.setdefault(name, []).append(site.value)
     return {name: pad_rows(values, packed.counts, packed) for name, values in drawn.items()}
-
-
-def pad_rows(values: list[Tensor], counts: list[int], packed: Any, num_particles: int = 1) -> Tensor:
-    """Per-step rows ``(n_t * N, ...)`` as ``(B, T, ...)``, or ``(B, T, N, ...)``, in the user's order."""
-    batch = counts[0]
-    event = values[0].shape[1:]
-    out = values[0].new_zeros(batch, len(values), num_particles, *event)
-    stop = 0
-    for count, alike in groupby(counts):  # between the ends of sequences all steps have as many rows
-        start, stop = stop, stop + sum(1 for _ in alike)
-        out[:count, start:stop] = torch.stack(values[start:stop], 1).unflatten(0, (count, num_particles)).transpose(1, 2)
-    out = packed.unsort(out)
-    return out[:, :, 0] if num_particles == 1 else out

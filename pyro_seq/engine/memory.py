@@ -6,9 +6,10 @@ import ctypes
 import os
 import sys
 
-__all__ = ["keep_freed_memory"]
+__all__ = ["MMAP_THRESHOLD", "TRIM_THRESHOLD", "keep_freed_memory"]
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # as malloc.h numbers them
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+"""What mallopt sets, as malloc.h numbers it."""
 
 
 def keep_freed_memory() -> None:
@@ -25,5 +26,5 @@ def keep_freed_memory() -> None:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_MMAP_THRESHOLD, 2**25)  # the largest that it takes
-        mallopt(_TRIM_THRESHOLD, 2**29)
+        mallopt(MMAP_THRESHOLD, 2**25)  # the largest that it takes
+        mallopt(TRIM_THRESHOLD, 2**29)

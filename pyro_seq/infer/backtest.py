@@ -13,7 +13,8 @@ from pyro.ops.stats import crps_empirical
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_seq.engine.loop import forward, pad_rows
+from pyro_seq.engine.loop import forward
+from pyro_seq.engine.padded import pad_rows
 from pyro_seq.guide import PriorGuide
 from pyro_seq.infer.compare import require_methods
 from pyro_seq.infer.naive import observations, seasonal_errors

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_seq.engine.loop import Step, forward, pad_rows
+from pyro_seq.engine.loop import Step, forward
+from pyro_seq.engine.padded import pad_rows
 from pyro_seq.engine.score import stepwise_terms
 from pyro_seq.infer.run import entered, refuse_scaled
 from pyro_seq.module import require_count, require_guide, require_model

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pyro_seq.engine.loop import Checked, pad_rows
+from pyro_seq.engine.loop import Checked
 from pyro_seq.engine.noise import Layout, NoisyStep
+from pyro_seq.engine.padded import pad_rows
 from pyro_seq.engine.state import State, map_state
 from pyro_seq.infer.posterior import Moments, Posterior
 from pyro_seq.infer.run import Stopwatch, entered

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_seq.engine.loop import Step, forward, pad_rows
+from pyro_seq.engine.loop import Step, forward
 from pyro_seq.engine.noise import Layout
+from pyro_seq.engine.padded import pad_rows
 from pyro_seq.engine.state import State, map_state
 from pyro_seq.engine.weights import Weights
 from pyro_seq.guides.twisted import Joint, Twist, TwistedGuide

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_seq.engine.loop import forward, pad_rows
+from pyro_seq.engine.loop import forward
+from pyro_seq.engine.padded import pad_rows
 from pyro_seq.engine.state import State, map_state
 from pyro_seq.infer.posterior import LOWER_BOUND, Draws, Moments, Posterior
 from pyro_seq.infer.run import Stopwatch, entered, refuse_scaled

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
 from pyro.ops.stats import weighed_quantile
 from torch import Tensor
 
-from pyro_seq.engine.loop import Step, pad_rows
+from pyro_seq.engine.loop import Step
+from pyro_seq.engine.padded import pad_rows
 from pyro_seq.engine.state import State, map_state
 from pyro_seq.engine.weights import Weights
 from pyro_seq.infer.smc.families import Families
@@ -63,12 +65,11 @@ class Record:
     def __init__(self, packed: Packed, particles: int, measured: Measured = values_of, history: bool = False):
         self.packed, self.particles, self.measured, self.history = packed, particles, measured, history
         self.smooths_by_ancestors = self.reads_steps = history
-        steps = len(packed.counts)
-        self.factors, self.ess_found, self.largest_found = Kept(steps), Kept(steps), Kept(steps)
+        self.factors, self.ess_found, self.largest_found = Kept(packed), Kept(packed), Kept(packed)
         self.families: Families | None = None
         self.errors: list[Tensor] = []
-        self.means: dict[str, Kept] = {}
-        self.variances: dict[str, Kept] = {}
+        self.means: dict[str, Kept] = defaultdict(partial(Kept, packed))
+        self.variances: dict[str, Kept] = defaultdict(partial(Kept, packed))
         self.steps: list[Step] = []
         self.ended: list[tuple[State, Tensor]] = []
         self.last: tuple[State, Weights] | None = None
@@ -96,8 +97,6 @@ class Record:
         self.ess_found.append(ess)
         self.largest_found.append(largest)
         for name, (mean, variance) in moments.items():
-            if name not in self.means:
-                self.means[name], self.variances[name] = Kept(self.factors.steps), Kept(self.factors.steps)
             self.means[name].append(mean)
             self.variances[name].append(variance)
 
@@ -106,7 +105,7 @@ class Record:
 
     def evidence(self) -> Tensor:
         """``(B, T)`` log of each step's factor of the evidence; zero past a sequence's end."""
-        return self.packed.unsort(self.factors.by_time())
+        return self.factors.padded()
 
     def standard_error(self) -> Tensor:
         """``(B,)`` of the log evidence, NaN where one run cannot tell."""
@@ -114,16 +113,15 @@ class Record:
 
     def ess(self) -> Tensor:
         """``(B, T)``"""
-        return self.packed.unsort(self.ess_found.by_time())
+        return self.ess_found.padded()
 
     def largest(self) -> Tensor:
         """``(B, T)`` the largest share of the weight that one particle has."""
-        return self.packed.unsort(self.largest_found.by_time())
+        return self.largest_found.padded()
 
     def moments(self) -> dict[str, tuple[Tensor, Tensor]]:
         """By site, the mean and variance ``(B, T, ...)`` of what each time's weighted particles say of it."""
-        return {name: (self.packed.unsort(self.means[name].by_time()), self.packed.unsort(self.variances[name].by_time()))
-                for name in self.means}
+        return {name: (mean.padded(), self.variances[name].padded()) for name, mean in self.means.items()}
 
     def smoothed(self) -> dict[str, tuple[Tensor, Tensor]]:
         """By site, the mean and variance ``(B, T, ...)`` given all of the data: here over the ancestors of the last particles,
